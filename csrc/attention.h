@@ -1,0 +1,371 @@
+// Exact attention over rows of K and V that lie anywhere: decode, verification, shared prefixes and causal prefill are
+// the same three steps on splits of 256 keys: S = Q K^T, a softmax against the split's own maximum, and P V. Splits
+// count from absolute position 0 and are merged from left to right by log-sum-exp, so the result of a query does not
+// depend on chunks, batches, forks or files. Included inside the namespace of one instruction set.
+#pragma once
+
+struct Scratch {
+  uint32_t* keys;   // packed [split / 32][steps][32] packs
+  void* values;     // packed [ceil(head_dim / 32)][split / pack][32] packs
+  void* queries;    // [rows, head_dim] of one item
+  float* scores;    // [tile_rows, split]
+  void* weights;    // [tile_rows, split]
+  float* acc;       // fold: [rows, head_dim]
+  float *max, *sum; // fold: [rows]
+  float* partial;   // [tile_rows, padded head_dim]
+  const char *key_rows[split], *value_rows[split];
+};
+
+inline int64_t padded(int64_t n) { return (n + panel - 1) / panel * panel; }
+inline float infinity() { return __builtin_inff(); }
+
+#if defined(__AVX512F__)
+// 16 rows of 16 packs, transposed: the columns become rows of 32 packs' stride.
+inline void transpose16(const char* const* rows, int64_t byte_offset, uint32_t* out) {
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows[i] + byte_offset);
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm512_storeu_si512(out + (i)*panel, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+    _mm512_storeu_si512(out + (i + 4) * panel, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
+    _mm512_storeu_si512(out + (i + 8) * panel, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+    _mm512_storeu_si512(out + (i + 12) * panel, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
+  }
+}
+#endif
+
+// Keys become the right-hand side of S = Q K^T: panels of 32 keys, step by step. Missing rows are zero.
+inline void pack_keys(const char* const* rows, int count, int64_t steps, uint32_t* out) {
+  for (int base = 0; base < count; base += panel) {
+    uint32_t* to = out + base * steps;
+    for (int half = 0; half < panel; half += 16) {
+      const int begin = base + half, present = count - begin < 16 ? count - begin : 16;
+      int64_t s = 0;
+#if defined(__AVX512F__)
+      if (present == 16)
+        for (; s + 16 <= steps; s += 16) transpose16(rows + begin, s * 4, to + s * panel + half);
+#endif
+      for (int i = 0; i < 16; ++i)
+        for (int64_t j = s; j < steps; ++j) {
+          uint32_t x = 0;
+          if (i < present) __builtin_memcpy(&x, rows[begin + i] + j * 4, 4);
+          to[j * panel + half + i] = x;
+        }
+    }
+  }
+}
+
+// Values become the right-hand side of P V: panels of 32 head dimensions, keys (bf16: pairs of keys) step by step.
+inline void pack_values(F32, const char* const* rows, int count, int64_t head_dim, float* out) {
+  for (int64_t d = 0; d < head_dim; d += panel) {
+    const int columns = int(head_dim - d < panel ? head_dim - d : panel);
+    float* to = out + d * split;
+    for (int i = 0; i < count; ++i, to += panel) {
+      __builtin_memcpy(to, rows[i] + d * 4, columns * 4);
+      for (int j = columns; j < panel; ++j) to[j] = 0;
+    }
+  }
+}
+inline void pack_values(BF16, const char* const* rows, int count, int64_t head_dim, uint16_t* out) {
+  for (int64_t d = 0; d < head_dim; d += panel) {
+    const int columns = int(head_dim - d < panel ? head_dim - d : panel);
+    uint16_t* to = out + d * split;
+    for (int i = 0; i < count; i += 2, to += 2 * panel) {
+      const uint16_t* first = (const uint16_t*)rows[i] + d;
+      const uint16_t* second = i + 1 < count ? (const uint16_t*)rows[i + 1] + d : nullptr;
+      if (columns == panel && second) {
+        for (int j = 0; j < panel; j += W) {  // first in the low half of a pack, second in the high half
+          vu low = __builtin_convertvector(load<vh>(first + j), vu);
+          vu high = __builtin_convertvector(load<vh>(second + j), vu);
+          store(to + 2 * j, low | (high << 16));
+        }
+      } else {
+        for (int j = 0; j < panel; ++j) {
+          to[2 * j] = j < columns ? first[j] : uint16_t(0);
+          to[2 * j + 1] = j < columns && second ? second[j] : uint16_t(0);
+        }
+      }
+    }
+  }
+}
+
+// The keys of [begin, end) that query position q may see, as offsets from begin: [low, high) and the sinks [sink_low, sink_high).
+struct Visible {
+  int low, high, sink_low, sink_high;
+};
+inline int clip(int64_t x, int64_t end) { return int(x < 0 ? 0 : x > end ? end : x); }
+inline Visible visible(int64_t q, int64_t begin, int64_t end, int64_t layer_window, int64_t window, int64_t sinks) {
+  const int64_t n = end - begin, reach = layer_window > 0 ? q - layer_window + 1 : 0;
+  const int64_t recent = window > 0 && q - window + 1 > reach ? q - window + 1 : reach;
+  return {clip(recent - begin, n), clip(q + 1 - begin, n), clip(reach - begin, n),
+          window > 0 ? clip((sinks < q + 1 ? sinks : q + 1) - begin, n) : 0};
+}
+
+// One tile of rows against one packed split: writes max, sum and acc[rows, padded head_dim] (not normalised).
+template <class E>
+void attend_tile(const Attention& args, Scratch& s, int rows, const typename E::Value* q, const Visible* see, int keys,
+                 float* row_max, float* row_sum, float* acc, int64_t acc_stride) {
+  typedef typename E::Value Value;
+  const int64_t steps = args.head_dim / E::pack;
+  const int key_end = int(padded(keys));
+  for (int k = 0; k < key_end; k += panel)
+    tile_of<E>(rows, q, args.head_dim, (const Value*)(s.keys + k * steps), steps, s.scores + k, split);
+  const float scale = args.scale * 1.4426950408889634f;
+  Value* weights = (Value*)s.weights;
+  for (int r = 0; r < rows; ++r) {
+    float* x = s.scores + r * split;
+    const Visible& v = see[r];
+    for (int k = 0; k < v.low; ++k)
+      if (k < v.sink_low || k >= v.sink_high) x[k] = -infinity();
+    for (int k = v.high; k < key_end; ++k) x[k] = -infinity();
+    vf best = splat(-infinity());
+    for (int k = 0; k < key_end; k += W) {
+      vf y = load<vf>(x + k) * scale;
+      best = y > best ? y : best;
+      store(x + k, y);
+    }
+    const float m = max(best);
+    row_max[r] = m;
+    const vf shift = splat(m == -infinity() ? 0.0f : m);
+    vf total = {};
+    for (int k = 0; k < key_end; k += W) {
+      vf p = exp2_nonpositive(load<vf>(x + k) - shift);
+      E::put_vector(weights + r * split + k, p);
+      total += E::rounded(p);  // the weights that are used add up to the sum they are divided by
+    }
+    row_sum[r] = sum(total);
+  }
+  const int64_t key_steps = (keys + E::pack - 1) / E::pack;
+  for (int64_t d = 0; d < args.head_dim; d += panel)
+    tile_of<E>(rows, weights, split, (const Value*)s.values + d * split, key_steps, acc + d, acc_stride);
+}
+
+// (max, sum, acc) of one row takes in the partial of the next split. A split that shows nothing changes nothing.
+inline void fold(float& max, float& sum, float* acc, float m, float l, const float* part, int64_t head_dim) {
+  if (m == -infinity()) return;
+  const float top = max > m ? max : m;
+  const float keep = max == -infinity() ? 0.0f : exp2_nonpositive(max - top), add = exp2_nonpositive(m - top);
+  max = top;
+  sum = sum * keep + l * add;
+  int64_t d = 0;
+  for (; d + W <= head_dim; d += W) store(acc + d, load<vf>(acc + d) * keep + load<vf>(part + d) * add);
+  for (; d < head_dim; ++d) acc[d] = acc[d] * keep + part[d] * add;
+}
+
+template <class E>
+void write_row(typename E::Value* out, const float* acc, float sum, int64_t head_dim) {
+  const float inverse = sum > 0 ? 1 / sum : 0;
+  int64_t d = 0;
+  for (; d + W <= head_dim; d += W) E::put_vector(out + d, load<vf>(acc + d) * inverse);
+  for (; d < head_dim; ++d) E::put(out + d, acc[d] * inverse);
+}
+
+inline int64_t item_rows(const Attention& args, const Item& item) {
+  int64_t rows = 0;
+  for (int i = 0; i < item.span_count; ++i) {
+    const Span& span = args.spans[item.first_span + i];
+    rows += span.query_end - span.query_begin;
+  }
+  return rows * (args.q_heads / args.kv_heads);
+}
+
+template <class E>
+void attend_item(const Attention& args, const Item& item, Scratch& s) {
+  typedef typename E::Value Value;
+  const int64_t dim = args.head_dim, wide = padded(dim), group = args.q_heads / args.kv_heads;
+  const int64_t row_bytes = dim * int64_t(sizeof(Value));
+  const int64_t rows = item_rows(args, item);
+  Value* queries = (Value*)s.queries;
+  int64_t row = 0;
+  for (int i = 0; i < item.span_count; ++i) {
+    const Span& span = args.spans[item.first_span + i];
+    const Sequence& seq = args.sequences[span.sequence];
+    for (int64_t t = span.query_begin; t < span.query_end; ++t)
+      for (int64_t g = 0; g < group; ++g, ++row)
+        __builtin_memcpy(queries + row * dim,
+                         (const Value*)args.q + (seq.query_row + t) * args.q_token +
+                             (item.kv_head * group + g) * args.q_head,
+                         row_bytes);
+  }
+  if (item.fold)
+    for (int64_t r = 0; r < rows; ++r) {
+      s.max[r] = -infinity();
+      s.sum[r] = 0;
+      __builtin_memset(s.acc + r * dim, 0, dim * sizeof(float));
+    }
+  // All spans of an item see the same rows of K and V; the longest view of them decides how many there are.
+  const Sequence* longest = nullptr;
+  int64_t total = 0;
+  for (int i = 0; i < item.span_count; ++i) {
+    const Span& span = args.spans[item.first_span + i];
+    const Sequence& seq = args.sequences[span.sequence];
+    if (seq.past + span.query_end > total) {
+      total = seq.past + span.query_end;
+      longest = &seq;
+    }
+  }
+  for (int64_t part = item.split_begin; part < item.split_end; ++part) {
+    const int64_t begin = part * split, end = begin + split < total ? begin + split : total;
+    const int keys = int(end - begin);
+    if (item.fold) {  // skip what no row of this block sees
+      const Span& span = args.spans[item.first_span];
+      const int64_t first = longest->past + span.query_begin;
+      const Visible v = visible(first, begin, end, args.window, longest->window, longest->sinks);
+      if (v.low >= keys && v.sink_low >= v.sink_high) continue;
+    }
+    int filled = 0;
+    for (int i = 0; i < longest->run_count && filled < keys; ++i) {
+      const Run& run = longest->runs[i];
+      if (run.end <= begin + filled) continue;
+      const int64_t plane = run.capacity * row_bytes;
+      const char* key = run.base + (int64_t(args.layer) * 2 * args.kv_heads + item.kv_head) * plane;
+      for (int64_t p = begin + filled; p < run.end && filled < keys; ++p, ++filled) {
+        s.key_rows[filled] = key + (p - run.start) * row_bytes;
+        s.value_rows[filled] = s.key_rows[filled] + args.kv_heads * plane;
+      }
+    }
+    pack_keys(s.key_rows, keys, dim / E::pack, s.keys);
+    pack_values(E(), s.value_rows, keys, dim, (Value*)s.values);
+    // Rows in tiles; a tile may cross spans.
+    int64_t done = 0;
+    int at = 0;
+    int64_t in_span = 0;
+    while (done < rows) {
+      const int count = int(rows - done < tile_rows ? rows - done : tile_rows);
+      Visible see[tile_rows];
+      float top[tile_rows], total_weight[tile_rows];
+      int64_t slot[tile_rows];
+      for (int r = 0; r < count; ++r) {
+        const Span* span = args.spans + item.first_span + at;
+        if (in_span == (span->query_end - span->query_begin) * group) {
+          ++at, ++span;
+          in_span = 0;
+        }
+        const Sequence& seq = args.sequences[span->sequence];
+        const int64_t t = span->query_begin + in_span / group, head = item.kv_head * group + in_span % group;
+        see[r] = visible(seq.past + t, begin, end, args.window, seq.window, seq.sinks);
+        const Slots& slots = args.slots[span->sequence];
+        slot[r] = slots.begin + (t * args.q_heads + head) * slots.count + part - (part < slots.sink_splits ? 0 : slots.gap);
+        ++in_span;
+      }
+      attend_tile<E>(args, s, count, queries + done * dim, see, keys, top, total_weight, s.partial, wide);
+      for (int r = 0; r < count; ++r) {
+        if (item.fold) {
+          fold(s.max[done + r], s.sum[done + r], s.acc + (done + r) * dim, top[r], total_weight[r],
+               s.partial + r * wide, dim);
+        } else {
+          float* to = args.partials + slot[r] * (dim + 2);
+          to[0] = top[r];
+          to[1] = total_weight[r];
+          __builtin_memcpy(to + 2, s.partial + r * wide, dim * sizeof(float));
+        }
+      }
+      done += count;
+    }
+  }
+  if (!item.fold) return;
+  const Span& span = args.spans[item.first_span];
+  const Sequence& seq = args.sequences[span.sequence];
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t token = seq.query_row + span.query_begin + r / group, head = item.kv_head * group + r % group;
+    write_row<E>((Value*)args.out + (token * args.q_heads + head) * dim, s.acc + r * dim, s.sum[r], dim);
+  }
+}
+
+// New keys and values go behind the rows that are there, all in the last run.
+template <class E>
+void append_token(const Attention& args, const Sequence& seq, int64_t t) {
+  typedef typename E::Value Value;
+  const Run& tail = seq.runs[seq.run_count - 1];
+  const int64_t row_bytes = args.head_dim * int64_t(sizeof(Value)), plane = tail.capacity * row_bytes;
+  char* to = tail.base + int64_t(args.layer) * 2 * args.kv_heads * plane + (seq.past + t - tail.start) * row_bytes;
+  const Value* k = (const Value*)args.k + (seq.query_row + t) * args.k_token;
+  const Value* v = (const Value*)args.v + (seq.query_row + t) * args.v_token;
+  for (int64_t h = 0; h < args.kv_heads; ++h) {
+    __builtin_memcpy(to + h * plane, k + h * args.k_head, row_bytes);
+    __builtin_memcpy(to + (args.kv_heads + h) * plane, v + h * args.v_head, row_bytes);
+  }
+}
+
+template <class E>
+void merge_row(const Attention& args, int32_t sequence, int64_t row, float* acc) {
+  const int64_t dim = args.head_dim, count = args.slots[sequence].count;
+  const float* parts = args.partials + (args.slots[sequence].begin + row * count) * (dim + 2);
+  float m = -infinity(), l = 0;
+  __builtin_memset(acc, 0, dim * sizeof(float));
+  for (int64_t i = 0; i < count; ++i, parts += dim + 2) fold(m, l, acc, parts[0], parts[1], parts + 2, dim);
+  const int64_t token = args.sequences[sequence].query_row + row / args.q_heads;
+  write_row<E>((typename E::Value*)args.out + (token * args.q_heads + row % args.q_heads) * dim, acc, l, dim);
+}
+
+constexpr int scratch_parts = 9;
+
+// Bytes of each part of Scratch, in the order of its members, and of all of them.
+inline int64_t scratch_sizes(const Attention& args, int64_t* sizes) {
+  const int64_t dim = args.head_dim, wide = padded(dim), value = args.type == Type::f32 ? 4 : 2;
+  int64_t rows = 0;
+  for (int64_t i = 0; i < args.item_count; ++i) {
+    const int64_t n = item_rows(args, args.items[i]);
+    rows = n > rows ? n : rows;
+  }
+  const int64_t need[scratch_parts] = {split * dim * value,   split * wide * value, rows * dim * value,
+                                       tile_rows * split * 4, tile_rows * split * 4, rows * dim * 4,
+                                       rows * 4,              rows * 4,              tile_rows * wide * 4};
+  int64_t bytes = 0;
+  for (int i = 0; i < scratch_parts; ++i) bytes += sizes[i] = (need[i] + 63) / 64 * 64;
+  return bytes;
+}
+
+int64_t scratch_bytes(const Attention& args) {
+  int64_t sizes[scratch_parts];
+  return scratch_sizes(args, sizes);
+}
+
+template <class E>
+void attend_threads(const Attention& args) {
+  int64_t sizes[scratch_parts];
+  const int64_t bytes = scratch_sizes(args, sizes);
+#pragma omp parallel num_threads(args.threads)
+  {
+    for (int32_t i = 0; i < args.sequence_count; ++i) {
+      const Sequence& seq = args.sequences[i];
+#pragma omp for schedule(static) nowait
+      for (int64_t t = 0; t < seq.queries; ++t) append_token<E>(args, seq, t);
+    }
+    Scratch s;
+    void** parts[scratch_parts] = {(void**)&s.keys, &s.values,       &s.queries,      (void**)&s.scores, &s.weights,
+                                   (void**)&s.acc,  (void**)&s.max, (void**)&s.sum, (void**)&s.partial};
+    char* at = args.scratch + omp_get_thread_num() * bytes;
+    for (int i = 0; i < scratch_parts; at += sizes[i++]) *parts[i] = at;
+#pragma omp barrier
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < args.item_count; ++i) attend_item<E>(args, args.items[i], s);
+    for (int32_t i = 0; i < args.sequence_count; ++i) {
+      const int64_t merged = args.slots[i].count ? args.sequences[i].queries * args.q_heads : 0;
+#pragma omp for schedule(static) nowait
+      for (int64_t row = 0; row < merged; ++row) merge_row<E>(args, i, row, s.partial);
+    }
+  }
+}
+
+void attend(const Attention& args) {
+  if (args.type == Type::f32)
+    attend_threads<F32>(args);
+  else
+    attend_threads<BF16>(args);
+}

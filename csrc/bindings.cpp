@@ -1,0 +1,125 @@
+// A thin binding: addresses and sizes go in as integers (0.2 us each; an array argument takes 3). The callers in
+// kernels/ keep the tensors alive and check shapes; nothing here knows torch.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+#include <tuple>
+
+#include "plan.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace thresher;
+
+namespace {
+
+template <class T = void>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+struct KernelSet {
+  const Kernels* table;
+
+  explicit KernelSet(const std::string& name) : table(find_kernels(name.c_str())) {
+    if (!table) throw std::invalid_argument("no kernels for '" + name + "' on this processor");
+  }
+};
+
+void bind_linear(nb::module_& m) {
+  m.def(
+      "linear",
+      [](const KernelSet& k, int weight, int activation, uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t w,
+         uintptr_t scale, uintptr_t bias, uintptr_t y, int64_t y_stride, int64_t out, int64_t in, bool y_f32,
+         int threads) {
+        k.table->linear({Type(weight), Activation(activation), at(x), x_stride, rows, at(w), at<float>(scale),
+                         at<float>(bias), at(y), y_stride, out, in, y_f32, threads});
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+}
+
+void bind_elementwise(nb::module_& m) {
+  m.def(
+      "rms_norm",
+      [](const KernelSet& k, int type, uintptr_t x, uintptr_t y, uintptr_t weight, int64_t rows, int64_t width,
+         float eps, int threads) {
+        k.table->rms_norm({Type(type), at(x), at(y), at<float>(weight), rows, width, eps, threads});
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "rope",
+      [](const KernelSet& k, int type, uintptr_t qkv, int64_t token_stride, int64_t tokens, int q_heads, int kv_heads,
+         int head_dim, int rotary_dim, uintptr_t cos, uintptr_t sin, uintptr_t q_norm, uintptr_t k_norm, float eps,
+         int threads) {
+        k.table->rope({Type(type), at(qkv), token_stride, tokens, q_heads, kv_heads, head_dim, rotary_dim, at(cos),
+                       at(sin), at<float>(q_norm), at<float>(k_norm), eps, threads});
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "read_memory",
+      [](const KernelSet& k, uintptr_t data, int64_t count, int threads) {
+        return k.table->read(at<float>(data), count, threads);
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+}
+
+void bind_plan(nb::module_& m) {
+  nb::class_<Workspace>(m, "Workspace").def(nb::init<>());
+  nb::class_<Plan>(m, "Plan")
+      .def(
+          "__init__",
+          [](Plan* self, const KernelSet& k, Workspace& workspace, int type, int q_heads, int kv_heads, int head_dim,
+             int threads) { new (self) Plan(k.table, &workspace, Type(type), q_heads, kv_heads, head_dim, threads); },
+          nb::keep_alive<1, 3>())
+      .def(
+          "add",
+          [](Plan& self, int64_t queries, int64_t past, int64_t window, int64_t sinks,
+             const std::vector<std::tuple<uintptr_t, int64_t, int64_t, int64_t>>& runs) {
+            std::vector<Run> list;
+            for (const auto& [base, capacity, start, end] : runs) list.push_back({at<char>(base), capacity, start, end});
+            self.add(queries, past, window, sinks, std::move(list));
+          })
+      .def("rows_read", &Plan::rows_read)
+      .def(
+          "attend",
+          [](Plan& self, int layer, uintptr_t q, int64_t q_token, int64_t q_head, uintptr_t k, int64_t k_token,
+             int64_t k_head, uintptr_t v, int64_t v_token, int64_t v_head, uintptr_t out, float scale, int64_t window) {
+            Attention args{};
+            args.layer = layer;
+            args.q = at(q);
+            args.k = at(k);
+            args.v = at(v);
+            args.q_token = q_token;
+            args.q_head = q_head;
+            args.k_token = k_token;
+            args.k_head = k_head;
+            args.v_token = v_token;
+            args.v_head = v_head;
+            args.out = at(out);
+            args.scale = scale;
+            args.window = window;
+            self.attend(args);
+          },
+          nb::call_guard<nb::gil_scoped_release>());
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  nb::class_<KernelSet>(m, "KernelSet")
+      .def(nb::init<const std::string&>())
+      .def_prop_ro("name", [](const KernelSet& k) { return std::string(k.table->name); });
+  m.def("isas", [] {
+    int count;
+    const char* const* names = kernel_names(&count);
+    return std::vector<std::string>(names, names + count);
+  });
+  m.attr("panel") = panel;
+  m.attr("split") = split;
+  bind_linear(m);
+  bind_elementwise(m);
+  bind_plan(m);
+}

@@ -1,0 +1,180 @@
+// Vectors of W floats in GCC's vector extensions, and the one primitive that differs between instruction sets:
+// dp(acc, a, b), a multiply-add over packs. A pack is 32 bits: two bf16 values or one f32.
+// Included inside the namespace of one instruction set.
+#pragma once
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+constexpr int tile_rows = 12;  // 12 rows x 2 vectors of accumulators fill the 32 registers
+#elif defined(__AVX2__)
+constexpr int W = 8;
+constexpr int tile_rows = 4;
+#else
+constexpr int W = 4;
+constexpr int tile_rows = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
+
+template <class V, class P>
+inline V load(const P* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V, class P>
+inline void store(P* p, V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+inline vf splat(float x) { return x - vf{}; }
+inline vu splat_bits(uint32_t x) { return x - vu{}; }
+inline vf as_float(vu x) { return (vf)x; }
+
+inline float bf16_to_float(uint16_t h) {
+  uint32_t u = uint32_t(h) << 16;
+  float f;
+  __builtin_memcpy(&f, &u, 4);
+  return f;
+}
+inline uint16_t float_to_bf16(float f) {
+  uint32_t u;
+  __builtin_memcpy(&u, &f, 4);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return uint16_t((u >> 16) | 64);  // NaN stays NaN
+  return uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+inline vf load_bf16(const uint16_t* p) { return as_float(__builtin_convertvector(load<vh>(p), vu) << 16); }
+inline vh to_bf16(vf x) {  // round to nearest even; for values that are not NaN
+  vu u = (vu)x;
+  return __builtin_convertvector((u + 0x7fffu + ((u >> 16) & 1u)) >> 16, vh);
+}
+
+// 2^x for x <= 0 (and -inf): a degree 6 polynomial on [-0.5, 0.5], relative error below 2e-7.
+inline vf exp2_nonpositive(vf x) {
+  const vf magic = splat(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
+  vf clamped = x < -126.0f ? splat(-126.0f) : x;
+  vf shifted = clamped + magic;
+  vf r = clamped - (shifted - magic);
+  vf p = splat(1.540353039338161e-4f);
+  p = p * r + 1.333355814642844e-3f;
+  p = p * r + 9.618129107628477e-3f;
+  p = p * r + 5.550410866482158e-2f;
+  p = p * r + 2.402265069591007e-1f;
+  p = p * r + 6.931471805599453e-1f;
+  p = p * r + 1.0f;
+  vf scaled = (vf)((vi)p + (((vi)shifted - (vi)magic) << 23));
+  return x < -126.0f ? vf{} : scaled;
+}
+inline float exp2_nonpositive(float x) { return exp2_nonpositive(splat(x))[0]; }
+
+inline float sum(vf x) {  // a fixed tree: the same order for every caller
+  float lanes[W];
+  store(lanes, x);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+inline float max(vf x) {
+  float best = x[0];
+  for (int i = 1; i < W; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+// ---- packs -------------------------------------------------------------------------------------------------------
+// An element type says how a step of a packed panel (W packs) is loaded and multiplied with one broadcast pack of x.
+
+struct F32 {
+  typedef float Value;   // of x
+  typedef float Weight;  // of the packed panel
+  static constexpr int pack = 1;
+  typedef vf B;
+  static B load_b(const Weight* p) { return load<vf>(p); }
+  static vf dp(vf acc, uint32_t a, B b) { return acc + as_float(splat_bits(a)) * b; }
+  static float get(const Value* p) { return *p; }
+  static void put(Value* p, float x) { *p = x; }
+  static vf get_vector(const Value* p) { return load<vf>(p); }
+  static void put_vector(Value* p, vf x) { store(p, x); }
+  static vf rounded(vf x) { return x; }
+};
+
+struct BF16 {
+  typedef uint16_t Value;
+  typedef uint16_t Weight;
+  static constexpr int pack = 2;
+  static float get(const Value* p) { return bf16_to_float(*p); }
+  static void put(Value* p, float x) { *p = float_to_bf16(x); }
+  static vf get_vector(const Value* p) { return load_bf16(p); }
+  static void put_vector(Value* p, vf x) { store(p, to_bf16(x)); }
+  static vf rounded(vf x) { return as_float(__builtin_convertvector(to_bf16(x), vu) << 16); }
+#if defined(__AVX512BF16__)
+  typedef __m512bh B;
+  static B load_b(const Weight* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static vf dp(vf acc, uint32_t a, B b) {
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(int(a)), b);
+  }
+#else
+  struct B {
+    vf low, high;
+  };
+  static B load_b(const Weight* p) {
+    vu packed = load<vu>(p);
+    return {as_float(packed << 16), as_float(packed & 0xffff0000u)};
+  }
+  static vf dp(vf acc, uint32_t a, B b) {
+    acc += as_float(splat_bits(a << 16)) * b.low;
+    return acc + as_float(splat_bits(a & 0xffff0000u)) * b.high;
+  }
+#endif
+};
+
+struct Int8 : BF16 {  // x is bf16; a weight is an integer of 8 bits, exact in bf16
+  typedef int8_t Weight;
+  static B load_b(const Weight* p) {
+#if defined(__AVX512BF16__)
+    __m256i bytes = _mm256_loadu_si256((const __m256i*)p);
+    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
+    __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
+    return _mm512_cvtne2ps_pbh(high, low);
+#else
+    vi packed = __builtin_convertvector(load<vh>(p), vi);
+    return {__builtin_convertvector((packed << 24) >> 24, vf), __builtin_convertvector((packed << 16) >> 24, vf)};
+#endif
+  }
+};
+
+// c[rows, 32] = a[rows, steps packs] @ one packed panel. Every output is one chain of dp in the order of the packs,
+// however many rows are computed together, so results do not depend on the batch.
+template <class E, int R>
+inline void tile(const typename E::Value* a, int64_t a_stride, const typename E::Weight* b, int64_t steps, float* c,
+                 int64_t c_stride) {
+  for (int column = 0; column < panel; column += 2 * W) {
+    vf acc[R][2] = {};
+    const typename E::Weight* w = b + column * E::pack;
+    for (int64_t s = 0; s < steps; ++s, w += panel * E::pack) {
+      typename E::B b0 = E::load_b(w), b1 = E::load_b(w + W * E::pack);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        uint32_t x;
+        __builtin_memcpy(&x, a + r * a_stride + s * E::pack, 4);
+        acc[r][0] = E::dp(acc[r][0], x, b0);
+        acc[r][1] = E::dp(acc[r][1], x, b1);
+      }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      store(c + r * c_stride + column, acc[r][0]);
+      store(c + r * c_stride + column + W, acc[r][1]);
+    }
+  }
+}
+
+template <class E, int R = tile_rows>
+inline void tile_of(int rows, const typename E::Value* a, int64_t a_stride, const typename E::Weight* b, int64_t steps,
+                    float* c, int64_t c_stride) {
+  if (rows == R)
+    tile<E, R>(a, a_stride, b, steps, c, c_stride);
+  else if constexpr (R > 1)
+    tile_of<E, R - 1>(rows, a, a_stride, b, steps, c, c_stride);
+}

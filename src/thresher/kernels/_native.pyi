@@ -1,0 +1,101 @@
+panel: int
+split: int
+
+class KernelSet:
+    def __init__(self, name: str) -> None: ...
+    @property
+    def name(self) -> str: ...
+
+class Workspace:
+    def __init__(self) -> None: ...
+
+class Plan:
+    def __init__(
+        self,
+        kernels: KernelSet,
+        workspace: Workspace,
+        type: int,
+        q_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    def add(
+        self,
+        queries: int,
+        past: int,
+        window: int,
+        sinks: int,
+        runs: list[tuple[int, int, int, int]],
+        /,
+    ) -> None: ...
+    def rows_read(self, layer_window: int, /) -> int: ...
+    def attend(
+        self,
+        layer: int,
+        q: int,
+        q_token: int,
+        q_head: int,
+        k: int,
+        k_token: int,
+        k_head: int,
+        v: int,
+        v_token: int,
+        v_head: int,
+        out: int,
+        scale: float,
+        window: int,
+        /,
+    ) -> None: ...
+
+def isas() -> list[str]: ...
+def linear(
+    kernels: KernelSet,
+    weight: int,
+    activation: int,
+    x: int,
+    x_stride: int,
+    rows: int,
+    w: int,
+    scale: int,
+    bias: int,
+    y: int,
+    y_stride: int,
+    out: int,
+    in_: int,
+    y_f32: bool,
+    threads: int,
+    /,
+) -> None: ...
+def rms_norm(
+    kernels: KernelSet,
+    type: int,
+    x: int,
+    y: int,
+    weight: int,
+    rows: int,
+    width: int,
+    eps: float,
+    threads: int,
+    /,
+) -> None: ...
+def rope(
+    kernels: KernelSet,
+    type: int,
+    qkv: int,
+    token_stride: int,
+    tokens: int,
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    cos: int,
+    sin: int,
+    q_norm: int,
+    k_norm: int,
+    eps: float,
+    threads: int,
+    /,
+) -> None: ...
+def read_memory(kernels: KernelSet, data: int, count: int, threads: int, /) -> float: ...

@@ -1,0 +1,133 @@
+"""Exact attention of a ragged batch over keys and values that lie in several runs of memory."""
+
+from dataclasses import dataclass
+
+import torch
+
+from thresher.kernels import _native
+from thresher.kernels.native import TYPES, kernel_set, threads
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Shape of an attention layer. `q_heads` is a multiple of `kv_heads`."""
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """What a query at position q may read beyond causality: keys > q - window, and keys < sinks. None: all."""
+
+    window: int
+    sinks: int
+
+
+class AttentionPlan:
+    """What one forward pass reads, worked out once and used by every layer.
+
+    Add the sequences in the order of their tokens in the flattened batch, then call `attend` for each layer. Rows that
+    several sequences share are read once for all of them. Nothing may move or grow a sequence in between.
+    """
+
+    def __init__(self, heads: Heads, dtype: torch.dtype, workspace: _native.Workspace) -> None:
+        self.heads = heads
+        self.dtype = dtype
+        self.tokens = 0
+        self._threads = threads()
+        self._plan = _native.Plan(
+            kernel_set(),
+            workspace,
+            TYPES[dtype],
+            heads.q_heads,
+            heads.kv_heads,
+            heads.head_dim,
+            self._threads,
+        )
+
+    def add(
+        self,
+        queries: int,
+        past: int,
+        segments: list[tuple[torch.Tensor, int]],
+        visibility: Visibility | None = None,
+    ) -> None:
+        """A sequence of `past` cached tokens and `queries` new ones.
+
+        segments: `(data [layers, 2, kv_heads, capacity, head_dim], used rows)` in order of position; the used rows of
+        the last one count the new tokens, whose keys and values `attend` writes there.
+        """
+        runs = []
+        start = 0
+        for data, used in segments:
+            if not data.is_contiguous() or data.dtype != self.dtype:
+                raise ValueError("a segment must be contiguous and of the plan's dtype")
+            runs.append((data.data_ptr(), data.shape[3], start, start + used))
+            start += used
+        window, sinks = (visibility.window, visibility.sinks) if visibility else (0, 0)
+        self._plan.add(queries, past, window, sinks, runs)
+        self.tokens += queries
+
+    def rows_read(self, layer_window: int = 0) -> int:
+        """Rows of K (and as many of V) that a layer reads for each KV head."""
+        return self._plan.rows_read(layer_window)
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        layer_window: int = 0,
+    ) -> torch.Tensor:
+        """Store k, v behind the cached rows, then softmax(q k^T scale) v over what each query may see.
+
+        q `[tokens, q_heads, head_dim]`, k and v `[tokens, kv_heads, head_dim]`, last dimension contiguous, the plan's
+        dtype. layer_window: a sliding window of the model's own (0: none). Returns `[tokens, q_heads, head_dim]`.
+        """
+        out = torch.empty(self.tokens, self.heads.q_heads, self.heads.head_dim, dtype=self.dtype)
+        self._plan.attend(
+            layer,
+            q.data_ptr(),
+            q.stride(0),
+            q.stride(1),
+            k.data_ptr(),
+            k.stride(0),
+            k.stride(1),
+            v.data_ptr(),
+            v.stride(0),
+            v.stride(1),
+            out.data_ptr(),
+            scale,
+            layer_window,
+        )
+        return out
+
+
+def reference_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    layer_window: int = 0,
+    visibility: Visibility | None = None,
+) -> torch.Tensor:
+    """What `attend` computes for one sequence, in float64.
+
+    q `[n, q_heads, head_dim]` are the last n of the k, v `[kv_heads, length, head_dim]`; returns `[n, q_heads, head_dim]`.
+    """
+    n, length, group = q.shape[0], k.shape[1], q.shape[1] // k.shape[0]
+    query = torch.arange(length - n, length)[:, None]
+    key = torch.arange(length)[None, :]
+    seen = key <= query
+    if layer_window:
+        seen &= key > query - layer_window
+    if visibility:
+        seen &= (key > query - visibility.window) | (key < visibility.sinks)
+    k, v = (t.double().repeat_interleave(group, dim=0) for t in (k, v))
+    scores = torch.einsum("nhd,hld->hnl", q.double(), k) * scale
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+    return torch.einsum("hnl,hld->nhd", weights, v)

@@ -1,0 +1,37 @@
+"""Which compiled kernels this process uses: the best the processor supports, or the one THRESHER_ISA names."""
+
+import os
+from functools import lru_cache
+
+import torch  # first: it brings the OpenMP runtime that the extension shares
+
+from thresher.errors import UsageError
+from thresher.kernels import _native
+
+PANEL: int = _native.panel
+SPLIT: int = _native.split
+
+# The numbers of csrc/kernels.h's `enum class Type`.
+TYPES = {torch.bfloat16: 0, torch.float32: 1, torch.int8: 2}
+
+
+def isas() -> list[str]:
+    """Instruction sets that are built in and that this processor supports, best first."""
+    return list(_native.isas())
+
+
+@lru_cache
+def kernel_set(isa: str | None = None) -> _native.KernelSet:
+    """The kernels of one instruction set; by default those of THRESHER_ISA, else the best.
+
+    Raises UsageError if this processor cannot run them.
+    """
+    name = isa or os.environ.get("THRESHER_ISA") or isas()[0]
+    if name not in isas():
+        raise UsageError(f"THRESHER_ISA={name}: not available here; choose one of {', '.join(isas())}")
+    return _native.KernelSet(name)
+
+
+def threads() -> int:
+    """Threads a kernel uses: torch's setting."""
+    return torch.get_num_threads()

@@ -1,0 +1,40 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from thresher.errors import UsageError
+from thresher.kernels import native
+
+
+def test_portable_is_always_there():
+    assert native.isas()[-1] == "portable"
+
+
+def test_unknown_isa_is_named(monkeypatch):
+    native.kernel_set.cache_clear()
+    monkeypatch.setenv("THRESHER_ISA", "sse9")
+    with pytest.raises(UsageError, match="sse9.*portable"):
+        native.kernel_set()
+    native.kernel_set.cache_clear()
+
+
+@pytest.mark.parametrize("isa", native.isas())
+def test_environment_forces_an_isa(isa):
+    code = "from thresher.kernels.native import kernel_set; print(kernel_set().name)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"THRESHER_ISA": isa, "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == isa
+
+
+def test_one_openmp_runtime():
+    maps = Path("/proc/self/maps").read_text()
+    found = set(re.findall(r"/\S*lib(?:gomp|omp|iomp5)\S*\.so\S*", maps))
+    assert len(found) == 1, found
