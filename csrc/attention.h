@@ -49,10 +49,17 @@ inline void transpose16(const char* const* rows, int64_t byte_offset, uint32_t* 
 }
 #endif
 
+// Packing is where memory is waited for, and its order of reads is not one that processors foresee: ask for the row that
+// lies some rows further on. Rows mostly follow each other; past the end of a run this asks in vain and does no harm.
+inline void prefetch(const char* row, int64_t row_bytes) {
+  for (int64_t b = 0; b < row_bytes; b += 64) __builtin_prefetch(row + 8192 + b);
+}
+
 // Keys become the right-hand side of S = Q K^T: panels of 32 keys, step by step. Missing rows are zero.
 inline void pack_keys(const char* const* rows, int count, int64_t steps, uint32_t* out) {
   for (int base = 0; base < count; base += panel) {
     uint32_t* to = out + base * steps;
+    for (int i = base; i < base + panel && i < count; ++i) prefetch(rows[i], steps * 4);
     for (int half = 0; half < panel; half += 16) {
       const int begin = base + half, present = count - begin < 16 ? count - begin : 16;
       int64_t s = 0;
@@ -70,36 +77,52 @@ inline void pack_keys(const char* const* rows, int count, int64_t steps, uint32_
   }
 }
 
+// out[j] = (first[j], second[j]) for 32 columns; missing ones and a missing second are zero.
+inline void zip_rows(const uint16_t* first, const uint16_t* second, int columns, uint16_t* out) {
+  if (columns < panel || !second) {
+    for (int j = 0; j < panel; ++j) {
+      out[2 * j] = j < columns ? first[j] : uint16_t(0);
+      out[2 * j + 1] = j < columns && second ? second[j] : uint16_t(0);
+    }
+    return;
+  }
+#if defined(__AVX512BW__)
+  alignas(64) static constexpr uint16_t zip[2][32] = {
+      {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+      {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+       24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
+  const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, _mm512_load_si512(zip[0]), b));
+  _mm512_storeu_si512(out + panel, _mm512_permutex2var_epi16(a, _mm512_load_si512(zip[1]), b));
+#else
+  for (int j = 0; j < panel; j += W) {
+    vu low = __builtin_convertvector(load<vh>(first + j), vu), high = __builtin_convertvector(load<vh>(second + j), vu);
+    store(out + 2 * j, low | (high << 16));
+  }
+#endif
+}
+
 // Values become the right-hand side of P V: panels of 32 head dimensions, keys (bf16: pairs of keys) step by step.
 inline void pack_values(F32, const char* const* rows, int count, int64_t head_dim, float* out) {
-  for (int64_t d = 0; d < head_dim; d += panel) {
-    const int columns = int(head_dim - d < panel ? head_dim - d : panel);
-    float* to = out + d * split;
-    for (int i = 0; i < count; ++i, to += panel) {
+  for (int i = 0; i < count; ++i) {
+    prefetch(rows[i], head_dim * 4);
+    for (int64_t d = 0; d < head_dim; d += panel) {
+      const int columns = int(head_dim - d < panel ? head_dim - d : panel);
+      float* to = out + d * split + i * panel;
       __builtin_memcpy(to, rows[i] + d * 4, columns * 4);
       for (int j = columns; j < panel; ++j) to[j] = 0;
     }
   }
 }
 inline void pack_values(BF16, const char* const* rows, int count, int64_t head_dim, uint16_t* out) {
-  for (int64_t d = 0; d < head_dim; d += panel) {
-    const int columns = int(head_dim - d < panel ? head_dim - d : panel);
-    uint16_t* to = out + d * split;
-    for (int i = 0; i < count; i += 2, to += 2 * panel) {
-      const uint16_t* first = (const uint16_t*)rows[i] + d;
-      const uint16_t* second = i + 1 < count ? (const uint16_t*)rows[i + 1] + d : nullptr;
-      if (columns == panel && second) {
-        for (int j = 0; j < panel; j += W) {  // first in the low half of a pack, second in the high half
-          vu low = __builtin_convertvector(load<vh>(first + j), vu);
-          vu high = __builtin_convertvector(load<vh>(second + j), vu);
-          store(to + 2 * j, low | (high << 16));
-        }
-      } else {
-        for (int j = 0; j < panel; ++j) {
-          to[2 * j] = j < columns ? first[j] : uint16_t(0);
-          to[2 * j + 1] = j < columns && second ? second[j] : uint16_t(0);
-        }
-      }
+  for (int i = 0; i < count; i += 2) {
+    const uint16_t* first = (const uint16_t*)rows[i];
+    const uint16_t* second = i + 1 < count ? (const uint16_t*)rows[i + 1] : nullptr;
+    prefetch(rows[i], head_dim * 4);  // of two rows
+    for (int64_t d = 0; d < head_dim; d += panel) {
+      const int columns = int(head_dim - d < panel ? head_dim - d : panel);
+      zip_rows(first + d, second ? second + d : nullptr, columns, out + d * split + i * panel);
     }
   }
 }
@@ -123,8 +146,7 @@ void attend_tile(const Attention& args, Scratch& s, int rows, const typename E::
   typedef typename E::Value Value;
   const int64_t steps = args.head_dim / E::pack;
   const int key_end = int(padded(keys));
-  for (int k = 0; k < key_end; k += panel)
-    tile_of<E>(rows, q, args.head_dim, (const Value*)(s.keys + k * steps), steps, s.scores + k, split);
+  tiles<E>(rows, q, args.head_dim, (const Value*)s.keys, steps * panel * E::pack, key_end / panel, steps, s.scores, split);
   const float scale = args.scale * 1.4426950408889634f;
   Value* weights = (Value*)s.weights;
   for (int r = 0; r < rows; ++r) {
@@ -151,8 +173,8 @@ void attend_tile(const Attention& args, Scratch& s, int rows, const typename E::
     row_sum[r] = sum(total);
   }
   const int64_t key_steps = (keys + E::pack - 1) / E::pack;
-  for (int64_t d = 0; d < args.head_dim; d += panel)
-    tile_of<E>(rows, weights, split, (const Value*)s.values + d * split, key_steps, acc + d, acc_stride);
+  tiles<E>(rows, weights, split, (const Value*)s.values, panel * split, int(acc_stride / panel), key_steps, acc,
+           acc_stride);
 }
 
 // (max, sum, acc) of one row takes in the partial of the next split. A split that shows nothing changes nothing.
@@ -353,8 +375,11 @@ void attend_threads(const Attention& args) {
     char* at = args.scratch + omp_get_thread_num() * bytes;
     for (int i = 0; i < scratch_parts; at += sizes[i++]) *parts[i] = at;
 #pragma omp barrier
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < args.item_count; ++i) attend_item<E>(args, args.items[i], s);
+    // Folded blocks differ in length; the splits of decode do not, and follow each other in memory.
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t i = 0; i < args.fold_count; ++i) attend_item<E>(args, args.items[i], s);
+#pragma omp for schedule(static)
+    for (int64_t i = args.fold_count; i < args.item_count; ++i) attend_item<E>(args, args.items[i], s);
     for (int32_t i = 0; i < args.sequence_count; ++i) {
       const int64_t merged = args.slots[i].count ? args.sequences[i].queries * args.q_heads : 0;
 #pragma omp for schedule(static) nowait

@@ -81,7 +81,7 @@ struct Attention {
   const Sequence* sequences;
   int32_t sequence_count;
   const Item* items;
-  int64_t item_count;
+  int64_t fold_count, item_count;  // items that fold come first
   const Span* spans;
   const Slots* slots;  // one for each sequence
   float* partials;     // one slot: max, sum, acc[head_dim]

@@ -39,14 +39,14 @@ void linear_panels(const Linear& args, int64_t panel_begin, int64_t panel_end) {
         const int rows = int(chunk_end - row < tile_rows ? chunk_end - row : tile_rows);
         const Value* x = (const Value*)args.x + row * args.x_stride;
         if (gated) {
-          tile_of<E>(rows, x, args.x_stride, w, steps, gate, panel);
+          tiles<E>(rows, x, args.x_stride, w, panel_size, 1, steps, gate, panel);
           finish_panel(args, packed * panel, rows, gate);
-          tile_of<E>(rows, x, args.x_stride, w + panel_size, steps, c, panel);
+          tiles<E>(rows, x, args.x_stride, w + panel_size, panel_size, 1, steps, c, panel);
           finish_panel(args, (packed + 1) * panel, rows, c);
           for (int i = 0; i < rows * panel; i += W)
             store(c + i, activate(args.activation, load<vf>(gate + i)) * load<vf>(c + i));
         } else {
-          tile_of<E>(rows, x, args.x_stride, w, steps, c, panel);
+          tiles<E>(rows, x, args.x_stride, w, panel_size, 1, steps, c, panel);
           finish_panel(args, packed * panel, rows, c);
         }
         for (int r = 0; r < rows; ++r) {

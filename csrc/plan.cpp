@@ -116,6 +116,7 @@ const Plan::Work& Plan::work(int64_t layer_window) {
     return a.split_end - a.split_begin > b.split_end - b.split_begin;
   });
   work.items = std::move(folds);
+  work.fold_count = int64_t(work.items.size());
   std::vector<int32_t> first_span;
   for (const Shared& s : shared) {
     first_span.push_back(int32_t(work.spans.size()));
@@ -142,6 +143,7 @@ void Plan::attend(Attention args) {
   args.sequence_count = int32_t(sequences_.size());
   args.items = w.items.data();
   args.item_count = int64_t(w.items.size());
+  args.fold_count = w.fold_count;
   args.spans = w.spans.data();
   args.slots = w.slots.data();
   const size_t partials = size_t(w.slot_count * (args.head_dim + 2));

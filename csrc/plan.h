@@ -28,6 +28,7 @@ class Plan {
  private:
   struct Work {
     std::vector<Item> items;
+    int64_t fold_count = 0;
     std::vector<Span> spans;
     std::vector<Slots> slots;
     int64_t slot_count = 0;

@@ -144,37 +144,50 @@ struct Int8 : BF16 {  // x is bf16; a weight is an integer of 8 bits, exact in b
   }
 };
 
-// c[rows, 32] = a[rows, steps packs] @ one packed panel. Every output is one chain of dp in the order of the packs,
-// however many rows are computed together, so results do not depend on the batch.
-template <class E, int R>
-inline void tile(const typename E::Value* a, int64_t a_stride, const typename E::Weight* b, int64_t steps, float* c,
-                 int64_t c_stride) {
+// c[rows, 32 * panels] = a[rows, steps packs] @ packed panels (`b_stride` and `c_panel` values apart). Every output is one
+// chain of dp in the order of the packs, however many rows and panels are computed together, so results do not depend
+// on the batch. A few rows take two panels at once: one alone would wait for its own chains.
+template <class E, int R, int P>
+inline void tile(const typename E::Value* a, int64_t a_stride, const typename E::Weight* b, int64_t b_stride,
+                 int64_t steps, float* c, int64_t c_stride) {
   for (int column = 0; column < panel; column += 2 * W) {
-    vf acc[R][2] = {};
+    vf acc[P][R][2] = {};
     const typename E::Weight* w = b + column * E::pack;
     for (int64_t s = 0; s < steps; ++s, w += panel * E::pack) {
-      typename E::B b0 = E::load_b(w), b1 = E::load_b(w + W * E::pack);
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) {
+        typename E::B b0 = E::load_b(w + p * b_stride), b1 = E::load_b(w + p * b_stride + W * E::pack);
 #pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        uint32_t x;
-        __builtin_memcpy(&x, a + r * a_stride + s * E::pack, 4);
-        acc[r][0] = E::dp(acc[r][0], x, b0);
-        acc[r][1] = E::dp(acc[r][1], x, b1);
+        for (int r = 0; r < R; ++r) {
+          uint32_t x;
+          __builtin_memcpy(&x, a + r * a_stride + s * E::pack, 4);
+          acc[p][r][0] = E::dp(acc[p][r][0], x, b0);
+          acc[p][r][1] = E::dp(acc[p][r][1], x, b1);
+        }
       }
     }
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p)
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      store(c + r * c_stride + column, acc[r][0]);
-      store(c + r * c_stride + column + W, acc[r][1]);
-    }
+      for (int r = 0; r < R; ++r) {
+        store(c + r * c_stride + p * panel + column, acc[p][r][0]);
+        store(c + r * c_stride + p * panel + column + W, acc[p][r][1]);
+      }
   }
 }
 
+// Any number of rows up to tile_rows, any number of panels whose outputs lie side by side.
 template <class E, int R = tile_rows>
-inline void tile_of(int rows, const typename E::Value* a, int64_t a_stride, const typename E::Weight* b, int64_t steps,
-                    float* c, int64_t c_stride) {
-  if (rows == R)
-    tile<E, R>(a, a_stride, b, steps, c, c_stride);
-  else if constexpr (R > 1)
-    tile_of<E, R - 1>(rows, a, a_stride, b, steps, c, c_stride);
+inline void tiles(int rows, const typename E::Value* a, int64_t a_stride, const typename E::Weight* b,
+                  int64_t b_stride, int panels, int64_t steps, float* c, int64_t c_stride) {
+  if (rows == R) {
+    int p = 0;
+    if constexpr (R <= tile_rows / 2)
+      for (; p + 2 <= panels; p += 2)
+        tile<E, R, 2>(a, a_stride, b + p * b_stride, b_stride, steps, c + p * panel, c_stride);
+    for (; p < panels; ++p)
+      tile<E, R, 1>(a, a_stride, b + p * b_stride, b_stride, steps, c + p * panel, c_stride);
+  } else if constexpr (R > 1) {
+    tiles<E, R - 1>(rows, a, a_stride, b, b_stride, panels, steps, c, c_stride);
+  }
 }
