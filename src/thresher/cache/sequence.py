@@ -1,0 +1,145 @@
+"""The KV cache of one sequence: shared read-only segments, then a private tail that grows without being copied."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+MIN_TAIL = 64  # tokens
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """Shape of one token's keys and values: `[layers, 2, kv_heads, head_dim]` of `dtype`; keys after RoPE."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.layers * 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    def empty(self, capacity: int) -> torch.Tensor:
+        """Uninitialised storage `[layers, 2, kv_heads, capacity, head_dim]`; pages cost nothing until written."""
+        return torch.empty(self.layers, 2, self.kv_heads, capacity, self.head_dim, dtype=self.dtype)
+
+
+@dataclass(eq=False)
+class Segment:
+    """Storage `[layers, 2, kv_heads, capacity, head_dim]`; `mapped` when it is a file and not resident memory."""
+
+    data: torch.Tensor
+    mapped: bool = False
+
+
+@dataclass
+class _Part:
+    segment: Segment
+    used: int
+
+
+class KVSequence:
+    """Cached tokens of one sequence.
+
+    Rows are never moved: a full tail stays where it is and the next rows go to a new one, as large as all before. A
+    segment that another sequence may see (after `fork`) or that lies in a file is never written again.
+    """
+
+    def __init__(self, layout: KVLayout, segment: Segment | None = None, token_ids: Sequence[int] = ()) -> None:
+        """An empty sequence, or one whose rows 0 .. len(token_ids) are given by a read-only segment."""
+        self.layout = layout
+        self.token_ids = list(token_ids)
+        self._parts = [_Part(segment, len(self.token_ids))] if segment and self.token_ids else []
+        self._writable = False  # whether the last part may take more rows
+
+    @property
+    def length(self) -> int:
+        """Cached tokens."""
+        return len(self.token_ids)
+
+    def segments(self) -> list[tuple[torch.Tensor, int]]:
+        """`(data, used rows)` in order of position."""
+        return [(p.segment.data, p.used) for p in self._parts if p.used]
+
+    def reserve(self, n: int, exact: bool = False) -> None:
+        """Make room for n more rows in one piece behind the used rows of the tail.
+
+        A new tail holds as many rows as the whole sequence (at least n), or exactly n.
+        """
+        if self._writable:
+            tail = self._parts[-1]
+            if tail.segment.data.shape[3] - tail.used >= n:
+                return
+            if tail.used == 0:
+                self._parts.pop()
+        capacity = n if exact else max(n, MIN_TAIL, self.length)
+        self._parts.append(_Part(Segment(self.layout.empty(capacity)), 0))
+        self._writable = True
+
+    def incoming(self, n: int) -> list[tuple[torch.Tensor, int]]:
+        """`segments()` as they will be after n reserved rows are written: the last one takes them."""
+        if not self._writable:
+            raise ValueError("reserve first")
+        tail = self._parts[-1]
+        before = [(p.segment.data, p.used) for p in self._parts[:-1] if p.used]
+        return [*before, (tail.segment.data, tail.used + n)]
+
+    def advance(self, token_ids: Sequence[int]) -> None:
+        """The reserved rows now hold the keys and values of these tokens."""
+        tail = self._parts[-1] if self._writable else None
+        if tail is None or tail.used + len(token_ids) > tail.segment.data.shape[3]:
+            raise ValueError("advance past the reserved rows")
+        tail.used += len(token_ids)
+        self.token_ids.extend(token_ids)
+
+    def append(self, token_ids: Sequence[int], kv: torch.Tensor) -> None:
+        """Copy in rows `[layers, 2, kv_heads, n, head_dim]`."""
+        n = len(token_ids)
+        if kv.shape[3] != n:
+            raise ValueError(f"{n} tokens but {kv.shape[3]} rows")
+        self.reserve(n)
+        tail = self._parts[-1]
+        tail.segment.data[:, :, :, tail.used : tail.used + n] = kv
+        self.advance(token_ids)
+
+    def crop(self, length: int) -> None:
+        """Forget all tokens from position `length` on. Shared rows stay for the others."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot crop {self.length} tokens to {length}")
+        surplus = self.length - length
+        del self.token_ids[length:]
+        while surplus:
+            last = self._parts[-1]
+            cut = min(surplus, last.used)
+            last.used -= cut
+            surplus -= cut
+            if surplus:
+                self._parts.pop()
+                self._writable = False
+
+    def fork(self) -> "KVSequence":
+        """A second sequence with the same tokens, sharing all rows; both go on in tails of their own."""
+        self._parts = [p for p in self._parts if p.used]
+        self._writable = False
+        other = KVSequence(self.layout)
+        other.token_ids = list(self.token_ids)
+        other._parts = [_Part(p.segment, p.used) for p in self._parts]
+        return other
+
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        """A copy of positions [begin, end): `[layers, 2, kv_heads, end - begin, head_dim]`."""
+        pieces, start = [], 0
+        for data, used in self.segments():
+            low, high = max(begin - start, 0), min(end - start, used)
+            if low < high:
+                pieces.append(data[:, :, :, low:high])
+            start += used
+        return torch.cat(pieces, dim=3) if pieces else self.layout.empty(0)
+
+
+def resident_bytes(sequences: Iterable[KVSequence]) -> int:
+    """Bytes of memory allocated for these sequences: what they share counts once, what lies in files not at all."""
+    segments = {id(p.segment): p.segment for s in sequences for p in s._parts}
+    return sum(s.data.numel() * s.data.element_size() for s in segments.values() if not s.mapped)

@@ -1,0 +1,1 @@
+"""From a model's name to a module that runs on our kernels: resolve, load, fuse."""

