@@ -1,0 +1,239 @@
+"""Swap a model's layers for native ones, by structure and proof: each swap is compared with the module it replaces.
+
+A stock decoder layer spends more time on small operations than on its weights. Four shapes of module are known here:
+linear, RMS norm, gated MLP, and attention with rotary embedding. What does not match, or does not give the stock module's
+numbers on random input, stays as it is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from thresher.kernels.elementwise import rms_norm, rope_
+from thresher.kernels.linear import ACTIVATIONS, PackedLinear, pack_linear
+from thresher.models.interface import NAME, LayerCall, Recorder
+
+# Largest relative difference (Frobenius) from the stock module that still counts as the same computation.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.int8: 6e-2}
+
+
+class Linear(nn.Module):
+    """nn.Linear on packed weights. `out_dtype`: float32 for the logits."""
+
+    def __init__(self, packed: PackedLinear, out_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.packed = packed
+        self.out_dtype = out_dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        return self.packed(flat, self.out_dtype).view(*x.shape[:-1], -1)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, gain: torch.Tensor, eps: float) -> None:
+        super().__init__()
+        self.gain = gain
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.gain, self.eps)
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)): gate and up are one pass over x."""
+
+    def __init__(self, gate_up: PackedLinear, down: PackedLinear) -> None:
+        super().__init__()
+        self.gate_up = gate_up
+        self.down = down
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.gate_up(x.view(-1, x.shape[-1]))).view(x.shape)
+
+
+class Attention(nn.Module):
+    """Attention of the Llama family: q, k, v in one product, rotary embedding (and norms of the heads) in one pass."""
+
+    def __init__(
+        self,
+        layer: int,
+        call: LayerCall,
+        qkv: PackedLinear,
+        out: PackedLinear,
+        norms: tuple[torch.Tensor, torch.Tensor, float] | None,
+    ) -> None:
+        super().__init__()
+        self.layer_idx = layer
+        self.call = call
+        self.qkv = qkv
+        self.out = out
+        self.norms = norms
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        call = self.call
+        heads = (call.q_heads, call.kv_heads, call.head_dim)
+        x = hidden_states.view(-1, hidden_states.shape[-1])
+        qkv = self.qkv(x)
+        cos, sin = position_embeddings
+        rope_(qkv, cos[0], sin[0], heads, *(self.norms or ()))
+        rows = qkv.view(x.shape[0], -1, call.head_dim)
+        q, k, v = rows.split((call.q_heads, call.kv_heads, call.kv_heads), dim=1)
+        mixed = kwargs[NAME].attend(self.layer_idx, q, k, v, call.scale, call.window)
+        return self.out(mixed.view(x.shape[0], -1)).view(hidden_states.shape), None
+
+
+@dataclass
+class _Fuser:
+    model: Any
+    weights: torch.dtype
+    calls: list[LayerCall]
+
+    def __post_init__(self) -> None:
+        self.dtype: torch.dtype = next(self.model.parameters()).dtype
+        self.random = torch.Generator().manual_seed(0)
+
+    def same(self, stock: Callable[[], torch.Tensor], fused: Callable[[], torch.Tensor]) -> bool:
+        try:
+            expected, got = stock().float(), fused().float()
+        except (TypeError, KeyError, AttributeError, ValueError, RuntimeError):
+            return False
+        if expected.shape != got.shape:
+            return False
+        return bool((got - expected).norm() <= TOLERANCE[self.weights] * expected.norm())
+
+    def sample(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.random).to(self.dtype)
+
+    def pack(self, *layers: nn.Linear, activation: Any = "none") -> PackedLinear:
+        biases = [m.bias for m in layers]
+        bias = None
+        if any(b is not None for b in biases):
+            parts = [torch.zeros(m.out_features) if m.bias is None else m.bias.float() for m in layers]
+            bias = torch.cat(parts)
+        return pack_linear([m.weight for m in layers], self.weights, bias, activation)
+
+    def norm(self, module: nn.Module) -> RMSNorm | None:
+        weight = getattr(module, "weight", None)
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if "RMSNorm" not in type(module).__name__ or weight is None or weight.dim() != 1 or eps is None:
+            return None
+        x = self.sample(1, 3, weight.shape[0])
+        for gain in (weight.float(), 1 + weight.float()):
+            fused = RMSNorm(gain, float(eps))
+            if self.same(lambda: module(x), lambda: fused(x)):  # noqa: B023
+                return fused
+        return None
+
+    def mlp(self, module: nn.Module) -> GatedMLP | None:
+        gate_up = _linears(module, "gate_up_proj") or _linears(module, "gate_proj", "up_proj")
+        down = _linears(module, "down_proj")
+        if (
+            not gate_up
+            or not down
+            or len(list(module.parameters())) != sum(len(list(m.parameters())) for m in (*gate_up, *down))
+        ):
+            return None
+        x = self.sample(1, 3, gate_up[0].in_features)
+        for activation in ACTIVATIONS[1:]:
+            fused = GatedMLP(self.pack(*gate_up, activation=activation), self.pack(*down))
+            if self.same(lambda: module(x), lambda: fused(x)):  # noqa: B023
+                return fused
+        return None
+
+    def attention(self, module: nn.Module, rotary: list[tuple[torch.Tensor, torch.Tensor]]) -> Attention | None:
+        layer = module.layer_idx
+        qkv = _linears(module, "qkv_proj") or _linears(module, "q_proj", "k_proj", "v_proj")
+        out = _linears(module, "o_proj") or _linears(module, "dense")
+        if not isinstance(layer, int) or not qkv or not out:
+            return None
+        norms = None
+        if hasattr(module, "q_norm") and hasattr(module, "k_norm"):
+            q_norm, k_norm = self.norm(module.q_norm), self.norm(module.k_norm)
+            if not q_norm or not k_norm or q_norm.eps != k_norm.eps:
+                return None
+            norms = (q_norm.gain, k_norm.gain, q_norm.eps)
+        fused = Attention(layer, self.calls[layer], self.pack(*qkv), self.pack(*out), norms)
+        x = self.sample(1, rotary[0][0].shape[1], qkv[0].in_features)
+        for cos_sin in rotary:
+            arguments = {"position_embeddings": cos_sin, "attention_mask": None, NAME: Recorder()}
+            if not self.same(lambda: module(x, **arguments)[0], lambda: fused(x, **arguments)[0]):  # noqa: B023
+                return None
+        return fused
+
+
+def _linears(module: nn.Module, *names: str) -> list[nn.Linear]:
+    """The named children if all are linear layers we can pack, else nothing."""
+    found = [getattr(module, name, None) for name in names]
+    return [m for m in found if type(m) is nn.Linear and m.in_features % 2 == 0] if all(found) else []
+
+
+def _rotary_samples(model: Any, fuser: _Fuser) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """cos, sin near and far from the start, for each kind of layer (a model may have one rotary embedding a kind)."""
+    body = model.base_model
+    rotary = getattr(body, "rotary_emb", None)
+    if rotary is None:
+        return {}
+    positions = [torch.arange(6)[None], torch.arange(1000, 1006)[None]]
+    x = fuser.sample(1, 6, 2)
+    kinds = sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"]))
+    samples = {}
+    for kind in kinds:
+        try:
+            samples[kind] = [rotary(x, p, kind) for p in positions]
+        except (TypeError, AttributeError, KeyError):
+            samples[kind] = [rotary(x, p) for p in positions]
+    return samples
+
+
+def fuse(model: Any, weights: torch.dtype, calls: list[LayerCall]) -> list[str]:
+    """Replace what can be replaced, in place. weights: bf16, float32 or int8. Returns the kinds of module left stock."""
+    fuser = _Fuser(model, weights, calls)
+    layer_types = getattr(model.config.get_text_config(), "layer_types", None)
+    left: set[str] = set()
+    with torch.inference_mode():
+        rotary = _rotary_samples(model, fuser)
+
+        def visit(parent: nn.Module) -> None:
+            for name, child in list(parent.named_children()):
+                fused: nn.Module | None = None
+                if hasattr(child, "layer_idx") and hasattr(child, "o_proj"):
+                    kind = layer_types[child.layer_idx] if layer_types else "full_attention"
+                    fused = fuser.attention(child, rotary[kind]) if kind in rotary else None
+                elif "RMSNorm" in type(child).__name__:
+                    fused = fuser.norm(child)
+                elif hasattr(child, "down_proj") and isinstance(child.down_proj, nn.Linear):
+                    fused = fuser.mlp(child)
+                elif type(child) is nn.Linear and child.in_features % 2 == 0:
+                    logits = child is model.get_output_embeddings()
+                    fused = Linear(fuser.pack(child), torch.float32 if logits else None)
+                if fused is not None:
+                    setattr(parent, name, fused)
+                    continue
+                if next(child.children(), None) is None and next(child.parameters(), None) is not None:
+                    left.add(type(child).__name__)
+                visit(child)
+
+        visit(model)
+    return sorted(left - {"Embedding"})
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of weights that one decode step reads: all but the embedding table (one row of it)."""
+    total = 0
+    for module in model.modules():
+        for packed in vars(module).values():
+            if isinstance(packed, PackedLinear):
+                total += packed.bytes
+        if not isinstance(module, nn.Embedding):
+            total += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+    return total
