@@ -1,1 +1,1 @@
-"""attention."""
+"""Attention methods: one file, one frozen dataclass, one paper each."""

@@ -1,1 +1,1 @@
-"""engine."""
+"""The engine: requests in, tokens out."""

@@ -117,7 +117,8 @@ def reference_attention(
 ) -> torch.Tensor:
     """What `attend` computes for one sequence, in float64.
 
-    q `[n, q_heads, head_dim]` are the last n of the k, v `[kv_heads, length, head_dim]`; returns `[n, q_heads, head_dim]`.
+    q `[n, q_heads, head_dim]` are the queries of the last n rows of k, v `[kv_heads, length, head_dim]`; returns the
+    shape of q.
     """
     n, length, group = q.shape[0], k.shape[1], q.shape[1] // k.shape[0]
     query = torch.arange(length - n, length)[:, None]

@@ -1,8 +1,8 @@
 """Swap a model's layers for native ones, by structure and proof: each swap is compared with the module it replaces.
 
 A stock decoder layer spends more time on small operations than on its weights. Four shapes of module are known here:
-linear, RMS norm, gated MLP, and attention with rotary embedding. What does not match, or does not give the stock module's
-numbers on random input, stays as it is.
+linear, RMS norm, gated MLP, and attention with rotary embedding. What does not match, or does not give the stock
+module's numbers on random input, stays as it is.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        return self.packed(flat, self.out_dtype).view(*x.shape[:-1], -1)
+        return self.packed(flat, self.out_dtype).view(*x.shape[:-1], self.packed.out_features)
 
 
 class RMSNorm(nn.Module):
@@ -87,7 +87,7 @@ class Attention(nn.Module):
         cos, sin = position_embeddings
         rope_(qkv, cos[0], sin[0], heads, *(self.norms or ()))
         rows = qkv.view(x.shape[0], -1, call.head_dim)
-        q, k, v = rows.split((call.q_heads, call.kv_heads, call.kv_heads), dim=1)
+        q, k, v = torch.split(rows, [call.q_heads, call.kv_heads, call.kv_heads], dim=1)
         mixed = kwargs[NAME].attend(self.layer_idx, q, k, v, call.scale, call.window)
         return self.out(mixed.view(x.shape[0], -1)).view(hidden_states.shape), None
 
@@ -122,7 +122,7 @@ class _Fuser:
             bias = torch.cat(parts)
         return pack_linear([m.weight for m in layers], self.weights, bias, activation)
 
-    def norm(self, module: nn.Module) -> RMSNorm | None:
+    def norm(self, module: Any) -> RMSNorm | None:
         weight = getattr(module, "weight", None)
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         if "RMSNorm" not in type(module).__name__ or weight is None or weight.dim() != 1 or eps is None:
@@ -150,7 +150,7 @@ class _Fuser:
                 return fused
         return None
 
-    def attention(self, module: nn.Module, rotary: list[tuple[torch.Tensor, torch.Tensor]]) -> Attention | None:
+    def attention(self, module: Any, rotary: list[tuple[torch.Tensor, torch.Tensor]]) -> Attention | None:
         layer = module.layer_idx
         qkv = _linears(module, "qkv_proj") or _linears(module, "q_proj", "k_proj", "v_proj")
         out = _linears(module, "o_proj") or _linears(module, "dense")
@@ -196,7 +196,7 @@ def _rotary_samples(model: Any, fuser: _Fuser) -> dict[str, list[tuple[torch.Ten
 
 
 def fuse(model: Any, weights: torch.dtype, calls: list[LayerCall]) -> list[str]:
-    """Replace what can be replaced, in place. weights: bf16, float32 or int8. Returns the kinds of module left stock."""
+    """Replace what can be replaced, in place; weights: bf16, float32 or int8. Returns the kinds of module left stock."""
     fuser = _Fuser(model, weights, calls)
     layer_types = getattr(model.config.get_text_config(), "layer_types", None)
     left: set[str] = set()

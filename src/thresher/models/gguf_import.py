@@ -1,4 +1,4 @@
-"""A GGUF file becomes a safetensors folder in the cache, once. GGUF is a way to get a model here, not a format to run."""
+"""A GGUF file becomes a safetensors folder in the cache, once: a way to get a model here, not a format to run."""
 
 import fcntl
 import io
@@ -82,7 +82,7 @@ def _convert(path: Path, folder: Path) -> None:
         with redirect_stderr(io.StringIO()):  # progress bars of its own
             loaded = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
-            # The loaded model refuses to be saved because it came from a GGUF file; a fresh one with its weights does not.
+            # What came from a GGUF file refuses to be saved; a fresh model with its weights does not.
             config = loaded.config
             config._name_or_path = ""
             del config.quantization_config

@@ -41,8 +41,9 @@ def attention_function(
     """
     for name, given in kwargs.items():
         if name not in _HARMLESS and given is not None:
+            what = _NAMED.get(name, repr(name))
             raise UnsupportedModelError(
-                f"{type(module).__name__} asks attention for {_NAMED.get(name, repr(name))}, which Thresher does not compute"
+                f"{type(module).__name__} asks attention for {what}: Thresher does not compute it"
             )
     plan: Attend = kwargs[NAME]
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
@@ -53,11 +54,11 @@ def attention_function(
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Causality and windows are the kernel's; without a registered mask function transformers would drop them silently."""
+    """Causality and windows are the kernel's. Without a registered function transformers would drop them silently."""
 
 
 def use_our_attention(model: Any) -> None:
-    """Make a transformers model call `attention_function`; UnsupportedModelError if it does not go through the interface."""
+    """Make a transformers model call `attention_function`; UnsupportedModelError if it cannot."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, attention_function)
@@ -93,8 +94,8 @@ class Recorder:
         seen = position[None, :] <= position[:, None]
         if layer_window:
             seen &= position[None, :] > position[:, None] - layer_window
-        heads = (t.transpose(0, 1)[None] for t in (q, k, v))
-        out = F.scaled_dot_product_attention(*heads, attn_mask=seen, scale=scale, enable_gqa=True)
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
         return out[0].transpose(0, 1).contiguous()
 
 
@@ -129,7 +130,7 @@ def inspect_calls(model: Any) -> list[LayerCall]:
     missing = sorted(set(range(config.num_hidden_layers)) - set(recorder.calls))
     if missing:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: layers {missing[:8]} are not softmax attention (linear, convolution or state space)"
+            f"{type(model).__name__}: layers {missing[:8]} are not softmax attention (linear or state space)"
         )
     calls = [recorder.calls[i] for i in range(config.num_hidden_layers)]
     first = calls[0]

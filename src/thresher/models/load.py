@@ -56,7 +56,7 @@ def load(source: ModelSource, weights: str = "bf16", trust_remote_code: bool = F
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     dtype = torch.float32 if weights == "float32" else torch.bfloat16
-    with redirect_stderr(io.StringIO()), _clear_errors(source):
+    with redirect_stderr(io.StringIO()), _ClearErrors(source):
         module = AutoModelForCausalLM.from_pretrained(
             source.folder, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
         ).eval()
@@ -103,7 +103,7 @@ def _check_numbers(module: Any, name: str) -> None:
             raise ModelError(f"{name}: the weights of {key} contain NaN or infinity; the files are damaged")
 
 
-class _clear_errors:  # noqa: N801
+class _ClearErrors:
     """Turn what transformers raises on missing or broken files into one line."""
 
     def __init__(self, source: ModelSource) -> None:

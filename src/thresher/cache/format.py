@@ -1,0 +1,184 @@
+"""The layout of a KV file and its checks. Nothing in a file is believed before it is checked.
+
+    magic (8) | version u32 | header bytes u32 | header JSON | xxh3_64 of all before u64 | zeros to 4096
+    token ids int32 [length] | zeros to 4096
+    keys and values [layers, 2, kv_heads, length, head_dim]
+
+The header says whose cache it is and holds one xxh3_64 for every block of 512 tokens, over their ids and all their
+rows. All integers are little endian.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+import xxhash
+
+from thresher.cache.sequence import KVLayout
+from thresher.errors import KVFileDamagedError, KVFileVersionError, NotAKVFileError
+
+MAGIC = b"THRESHKV"
+VERSION = 1
+BLOCK = 512  # tokens under one checksum
+PAGE = 4096
+_MAX_HEADER = 1 << 26
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which model and tokenizer a cache belongs to. Fingerprints decide; the name is for people."""
+
+    model: str
+    model_fingerprint: str
+    tokenizer_fingerprint: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """The text a cache was read from."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class KVFileInfo:
+    """What the header of a KV file says. `weights`: of the model that wrote it; `framing`: how the text was wrapped."""
+
+    identity: Identity
+    layout: KVLayout
+    length: int
+    weights: str
+    framing: str
+    source: Source | None
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.length // BLOCK)
+
+
+def pages(n: int) -> int:
+    return -(-n // PAGE) * PAGE
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """Where the parts of a file begin, and its size, in bytes."""
+
+    tokens: int
+    rows: int
+    end: int
+
+
+def offsets(info: KVFileInfo, header_bytes: int) -> Offsets:
+    tokens = pages(16 + header_bytes + 8)
+    rows = tokens + pages(4 * info.length)
+    return Offsets(tokens, rows, rows + info.length * info.layout.bytes_per_token)
+
+
+def describe(info: KVFileInfo) -> dict[str, Any]:
+    """The header as JSON values, without checksums."""
+    layout = info.layout
+    return {
+        "identity": asdict(info.identity),
+        "layers": layout.layers,
+        "kv_heads": layout.kv_heads,
+        "head_dim": layout.head_dim,
+        "dtype": str(layout.dtype).removeprefix("torch."),
+        "length": info.length,
+        "weights": info.weights,
+        "framing": info.framing,
+        "source": asdict(info.source) if info.source else None,
+    }
+
+
+def encode_header(info: KVFileInfo, checksums: list[int]) -> bytes:
+    """Magic to header checksum. Its size depends on the info alone."""
+    fields = describe(info) | {"checksums": "".join(f"{c:016x}" for c in checksums)}
+    body = json.dumps(fields, ensure_ascii=True).encode()
+    head = MAGIC + struct.pack("<II", VERSION, len(body)) + body
+    return head + struct.pack("<Q", xxhash.xxh3_64_intdigest(head))
+
+
+def header_size(info: KVFileInfo) -> int:
+    """Bytes of the header's JSON."""
+    return len(encode_header(info, [0] * info.blocks)) - 24
+
+
+def decode_header(file: BinaryIO, path: Path, file_bytes: int) -> tuple[KVFileInfo, list[int], Offsets]:
+    """Read and check a header. Raises NotAKVFileError, KVFileVersionError or KVFileDamagedError."""
+    head = file.read(16)
+    if len(head) < 16 or head[:8] != MAGIC:
+        raise NotAKVFileError(f"{path} is not a KV file; make one with: thresher read")
+    version, size = struct.unpack("<II", head[8:])
+    if version != VERSION:
+        raise KVFileVersionError(f"{path} has format version {version}; this Thresher reads version {VERSION}")
+    body = file.read(min(size, _MAX_HEADER))
+    check = file.read(8)
+    if size > _MAX_HEADER or len(body) < size or len(check) < 8:
+        raise KVFileDamagedError(f"{path} is damaged: its header is cut")
+    if struct.unpack("<Q", check)[0] != xxhash.xxh3_64_intdigest(head + body):
+        raise KVFileDamagedError(f"{path} is damaged: the checksum of its header does not match")
+    try:
+        fields = json.loads(body)
+        info = decode_info(fields)
+        text = fields["checksums"]
+        checksums = [int(text[i : i + 16], 16) for i in range(0, len(text), 16)]
+        if len(text) != 16 * info.blocks:
+            raise ValueError("checksums")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise KVFileDamagedError(f"{path} is damaged: its header makes no sense ({error})") from error
+    where = offsets(info, size)
+    if file_bytes != where.end:
+        raise KVFileDamagedError(f"{path} is damaged: it has {file_bytes} bytes, its header says {where.end}")
+    return info, checksums, where
+
+
+def decode_info(fields: Mapping[str, Any]) -> KVFileInfo:
+    """The inverse of `describe`. Raises ValueError, KeyError or TypeError on anything unexpected."""
+
+    def number(name: str, low: int, high: int) -> int:
+        value = fields[name]
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError(name)
+        return value
+
+    def texts(values: Mapping[str, Any]) -> dict[str, str]:
+        if not all(isinstance(v, str) for v in values.values()):
+            raise ValueError("text expected")
+        return dict(values)
+
+    layout = KVLayout(
+        layers=number("layers", 1, 1 << 16),
+        kv_heads=number("kv_heads", 1, 1 << 16),
+        head_dim=number("head_dim", 1, 1 << 16),
+        dtype=_DTYPES[fields["dtype"]],
+    )
+    named = texts({name: fields[name] for name in ("weights", "framing")})
+    return KVFileInfo(
+        identity=Identity(**texts(fields["identity"])),
+        layout=layout,
+        length=number("length", 1, 1 << 32),
+        source=Source(**texts(fields["source"])) if fields["source"] else None,
+        **named,
+    )
+
+
+def raw(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, without a copy."""
+    array: Any = tensor.flatten().view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def block_checksum(token_ids: np.ndarray, rows: torch.Tensor) -> int:
+    """xxh3_64 over int32 token ids and the rows `[layers, 2, kv_heads, n, head_dim]`, plane by plane."""
+    digest = xxhash.xxh3_64(token_ids.tobytes())
+    for plane in rows.flatten(0, 2):
+        digest.update(raw(plane.contiguous()))
+    return digest.intdigest()
