@@ -21,7 +21,7 @@ inline float infinity() { return __builtin_inff(); }
 
 #if defined(__AVX512F__)
 // 16 rows of 16 packs, transposed: the columns become rows of 32 packs' stride.
-inline void transpose16(const char* const* rows, int64_t byte_offset, uint32_t* out) {
+ALWAYS_INLINE void transpose16(const char* const* rows, int64_t byte_offset, uint32_t* out) {
   __m512i r[16], t[16];
   for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows[i] + byte_offset);
   for (int i = 0; i < 16; i += 2) {
@@ -49,19 +49,26 @@ inline void transpose16(const char* const* rows, int64_t byte_offset, uint32_t* 
 }
 #endif
 
-// Packing is where memory is waited for, and its order of reads is not one that processors foresee: ask for the row that
-// lies some rows further on. Rows mostly follow each other; past the end of a run this asks in vain and does no harm.
-inline void prefetch(const char* row, int64_t row_bytes) {
-  for (int64_t b = 0; b < row_bytes; b += 64) __builtin_prefetch(row + 8192 + b);
+// Packing is where memory is waited for, and its order of reads is not one that processors foresee: ask for what lies
+// some rows further on. Rows mostly follow each other; past the end of a run this asks in vain and does no harm.
+constexpr int64_t prefetch_distance = 8192;
+inline void prefetch(const char* from, int64_t bytes) {
+  const char* end = from + bytes;
+  for (; from < end; from += 256) {
+    __builtin_prefetch(from);
+    __builtin_prefetch(from + 64);
+    __builtin_prefetch(from + 128);
+    __builtin_prefetch(from + 192);
+  }
 }
 
 // Keys become the right-hand side of S = Q K^T: panels of 32 keys, step by step. Missing rows are zero.
-inline void pack_keys(const char* const* rows, int count, int64_t steps, uint32_t* out) {
+ALWAYS_INLINE void pack_keys(const char* const* rows, int count, int64_t steps, uint32_t* out) {
   for (int base = 0; base < count; base += panel) {
     uint32_t* to = out + base * steps;
-    for (int i = base; i < base + panel && i < count; ++i) prefetch(rows[i], steps * 4);
     for (int half = 0; half < panel; half += 16) {
       const int begin = base + half, present = count - begin < 16 ? count - begin : 16;
+      if (present > 0) prefetch(rows[begin] + prefetch_distance, present * steps * 4);
       int64_t s = 0;
 #if defined(__AVX512F__)
       if (present == 16)
@@ -78,7 +85,7 @@ inline void pack_keys(const char* const* rows, int count, int64_t steps, uint32_
 }
 
 // out[j] = (first[j], second[j]) for 32 columns; missing ones and a missing second are zero.
-inline void zip_rows(const uint16_t* first, const uint16_t* second, int columns, uint16_t* out) {
+ALWAYS_INLINE void zip_rows(const uint16_t* first, const uint16_t* second, int columns, uint16_t* out) {
   if (columns < panel || !second) {
     for (int j = 0; j < panel; ++j) {
       out[2 * j] = j < columns ? first[j] : uint16_t(0);
@@ -104,9 +111,11 @@ inline void zip_rows(const uint16_t* first, const uint16_t* second, int columns,
 }
 
 // Values become the right-hand side of P V: panels of 32 head dimensions, keys (bf16: pairs of keys) step by step.
-inline void pack_values(F32, const char* const* rows, int count, int64_t head_dim, float* out) {
+// Meanwhile the keys of the next split are asked for, which most often lie behind those of this one.
+ALWAYS_INLINE void pack_values(F32, const char* const* rows, const char* const* keys, int count, int64_t head_dim, float* out) {
   for (int i = 0; i < count; ++i) {
-    prefetch(rows[i], head_dim * 4);
+    prefetch(rows[i] + prefetch_distance, head_dim * 4);
+    prefetch(keys[i] + split * head_dim * 4, head_dim * 4);
     for (int64_t d = 0; d < head_dim; d += panel) {
       const int columns = int(head_dim - d < panel ? head_dim - d : panel);
       float* to = out + d * split + i * panel;
@@ -115,12 +124,17 @@ inline void pack_values(F32, const char* const* rows, int count, int64_t head_di
     }
   }
 }
-inline void pack_values(BF16, const char* const* rows, int count, int64_t head_dim, uint16_t* out) {
+ALWAYS_INLINE void pack_values(BF16, const char* const* rows, const char* const* keys, int count, int64_t head_dim,
+                        uint16_t* out) {
   for (int i = 0; i < count; i += 2) {
+    prefetch(rows[i] + prefetch_distance, head_dim * 4);  // of two rows
+    prefetch(keys[i] + split * head_dim * 2, head_dim * 4);
     const uint16_t* first = (const uint16_t*)rows[i];
     const uint16_t* second = i + 1 < count ? (const uint16_t*)rows[i + 1] : nullptr;
-    prefetch(rows[i], head_dim * 4);  // of two rows
-    for (int64_t d = 0; d < head_dim; d += panel) {
+    int64_t d = 0;
+    if (second)
+      for (; d + panel <= head_dim; d += panel) zip_rows(first + d, second + d, panel, out + d * split + i * panel);
+    for (; d < head_dim; d += panel) {
       const int columns = int(head_dim - d < panel ? head_dim - d : panel);
       zip_rows(first + d, second ? second + d : nullptr, columns, out + d * split + i * panel);
     }
@@ -139,14 +153,24 @@ inline Visible visible(int64_t q, int64_t begin, int64_t end, int64_t layer_wind
           window > 0 ? clip((sinks < q + 1 ? sinks : q + 1) - begin, n) : 0};
 }
 
-// One tile of rows against one packed split: writes max, sum and acc[rows, padded head_dim] (not normalised).
-template <class E>
+// D: the head dimension if it is known to the compiler, else 0.
+//
+// One tile of rows against one split: writes max, sum and acc[rows, padded head_dim] (not normalised). The first tile
+// packs keys and values as it goes: memory is asked for while the rows that have come are computed. The only tile need
+// not keep what it packed, and stays in the nearest cache.
+template <class E, int D>
 void attend_tile(const Attention& args, Scratch& s, int rows, const typename E::Value* q, const Visible* see, int keys,
-                 float* row_max, float* row_sum, float* acc, int64_t acc_stride) {
+                 bool first, bool only, float* row_max, float* row_sum, float* acc) {
   typedef typename E::Value Value;
-  const int64_t steps = args.head_dim / E::pack;
-  const int key_end = int(padded(keys));
-  tiles<E>(rows, q, args.head_dim, (const Value*)s.keys, steps * panel * E::pack, key_end / panel, steps, s.scores, split);
+  const int64_t dim = D ? D : args.head_dim, wide = padded(dim), steps = dim / E::pack;
+  const int key_end = int(padded(keys)), chunk = first ? 2 * panel : split;
+  for (int k = 0; k < keys; k += chunk) {
+    const int n = keys - k < chunk ? keys - k : chunk;
+    uint32_t* packed = s.keys + (only ? 0 : k * steps);
+    if (first) pack_keys(s.key_rows + k, n, steps, packed);
+    tiles<E>(rows, q, dim, (const Value*)packed, steps * panel * E::pack, int(padded(n)) / panel, steps,
+             s.scores + k, split);
+  }
   const float scale = args.scale * 1.4426950408889634f;
   Value* weights = (Value*)s.weights;
   for (int r = 0; r < rows; ++r) {
@@ -172,9 +196,13 @@ void attend_tile(const Attention& args, Scratch& s, int rows, const typename E::
     }
     row_sum[r] = sum(total);
   }
-  const int64_t key_steps = (keys + E::pack - 1) / E::pack;
-  tiles<E>(rows, weights, split, (const Value*)s.values, panel * split, int(acc_stride / panel), key_steps, acc,
-           acc_stride);
+  for (int k = 0; k < keys; k += chunk) {
+    const int n = keys - k < chunk ? keys - k : chunk;
+    Value* packed = (Value*)s.values + (only ? 0 : k * panel);
+    if (first) pack_values(E(), s.value_rows + k, s.key_rows + k, n, dim, packed);
+    tiles<E>(rows, weights + k, split, packed, panel * split, int(wide / panel),
+             (n + E::pack - 1) / E::pack, acc, wide, k > 0);
+  }
 }
 
 // (max, sum, acc) of one row takes in the partial of the next split. A split that shows nothing changes nothing.
@@ -206,10 +234,10 @@ inline int64_t item_rows(const Attention& args, const Item& item) {
   return rows * (args.q_heads / args.kv_heads);
 }
 
-template <class E>
+template <class E, int D>
 void attend_item(const Attention& args, const Item& item, Scratch& s) {
   typedef typename E::Value Value;
-  const int64_t dim = args.head_dim, wide = padded(dim), group = args.q_heads / args.kv_heads;
+  const int64_t dim = D ? D : args.head_dim, wide = padded(dim), group = args.q_heads / args.kv_heads;
   const int64_t row_bytes = dim * int64_t(sizeof(Value));
   const int64_t rows = item_rows(args, item);
   Value* queries = (Value*)s.queries;
@@ -256,13 +284,14 @@ void attend_item(const Attention& args, const Item& item, Scratch& s) {
       if (run.end <= begin + filled) continue;
       const int64_t plane = run.capacity * row_bytes;
       const char* key = run.base + (int64_t(args.layer) * 2 * args.kv_heads + item.kv_head) * plane;
-      for (int64_t p = begin + filled; p < run.end && filled < keys; ++p, ++filled) {
-        s.key_rows[filled] = key + (p - run.start) * row_bytes;
-        s.value_rows[filled] = s.key_rows[filled] + args.kv_heads * plane;
+      key += (begin + filled - run.start) * row_bytes;
+      const int n = int(run.end - begin < keys ? run.end - begin : keys) - filled;
+      for (int j = 0; j < n; ++j) {
+        s.key_rows[filled + j] = key + j * row_bytes;
+        s.value_rows[filled + j] = key + args.kv_heads * plane + j * row_bytes;
       }
+      filled += n;
     }
-    pack_keys(s.key_rows, keys, dim / E::pack, s.keys);
-    pack_values(E(), s.value_rows, keys, dim, (Value*)s.values);
     // Rows in tiles; a tile may cross spans.
     int64_t done = 0;
     int at = 0;
@@ -285,7 +314,7 @@ void attend_item(const Attention& args, const Item& item, Scratch& s) {
         slot[r] = slots.begin + (t * args.q_heads + head) * slots.count + part - (part < slots.sink_splits ? 0 : slots.gap);
         ++in_span;
       }
-      attend_tile<E>(args, s, count, queries + done * dim, see, keys, top, total_weight, s.partial, wide);
+      attend_tile<E, D>(args, s, count, queries + done * dim, see, keys, done == 0, rows <= tile_rows, top, total_weight, s.partial);
       for (int r = 0; r < count; ++r) {
         if (item.fold) {
           fold(s.max[done + r], s.sum[done + r], s.acc + (done + r) * dim, top[r], total_weight[r],
@@ -358,7 +387,7 @@ int64_t scratch_bytes(const Attention& args) {
   return scratch_sizes(args, sizes);
 }
 
-template <class E>
+template <class E, int D>
 void attend_threads(const Attention& args) {
   int64_t sizes[scratch_parts];
   const int64_t bytes = scratch_sizes(args, sizes);
@@ -377,9 +406,9 @@ void attend_threads(const Attention& args) {
 #pragma omp barrier
     // Folded blocks differ in length; the splits of decode do not, and follow each other in memory.
 #pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t i = 0; i < args.fold_count; ++i) attend_item<E>(args, args.items[i], s);
+    for (int64_t i = 0; i < args.fold_count; ++i) attend_item<E, D>(args, args.items[i], s);
 #pragma omp for schedule(static)
-    for (int64_t i = args.fold_count; i < args.item_count; ++i) attend_item<E>(args, args.items[i], s);
+    for (int64_t i = args.fold_count; i < args.item_count; ++i) attend_item<E, D>(args, args.items[i], s);
     for (int32_t i = 0; i < args.sequence_count; ++i) {
       const int64_t merged = args.slots[i].count ? args.sequences[i].queries * args.q_heads : 0;
 #pragma omp for schedule(static) nowait
@@ -388,9 +417,20 @@ void attend_threads(const Attention& args) {
   }
 }
 
+// Known head dimensions become constants of the inner loops.
+template <class E>
+void attend_elements(const Attention& args) {
+  if (args.head_dim == 64)
+    attend_threads<E, 64>(args);
+  else if (args.head_dim == 128)
+    attend_threads<E, 128>(args);
+  else
+    attend_threads<E, 0>(args);
+}
+
 void attend(const Attention& args) {
   if (args.type == Type::f32)
-    attend_threads<F32>(args);
+    attend_elements<F32>(args);
   else
-    attend_threads<BF16>(args);
+    attend_elements<BF16>(args);
 }

@@ -3,6 +3,8 @@
 // Included inside the namespace of one instruction set.
 #pragma once
 
+#define ALWAYS_INLINE __attribute__((always_inline)) inline
+
 #if defined(__AVX512F__)
 constexpr int W = 16;
 constexpr int tile_rows = 12;  // 12 rows x 2 vectors of accumulators fill the 32 registers
@@ -144,14 +146,22 @@ struct Int8 : BF16 {  // x is bf16; a weight is an integer of 8 bits, exact in b
   }
 };
 
-// c[rows, 32 * panels] = a[rows, steps packs] @ packed panels (`b_stride` and `c_panel` values apart). Every output is one
+// c[rows, 32 * panels] = a[rows, steps packs] @ packed panels, `b_stride` values apart (`onto`: += ). Every output is one
 // chain of dp in the order of the packs, however many rows and panels are computed together, so results do not depend
 // on the batch. A few rows take two panels at once: one alone would wait for its own chains.
 template <class E, int R, int P>
 inline void tile(const typename E::Value* a, int64_t a_stride, const typename E::Weight* b, int64_t b_stride,
-                 int64_t steps, float* c, int64_t c_stride) {
+                 int64_t steps, float* c, int64_t c_stride, bool onto) {
   for (int column = 0; column < panel; column += 2 * W) {
     vf acc[P][R][2] = {};
+    if (onto)
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p)
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+          acc[p][r][0] = load<vf>(c + r * c_stride + p * panel + column);
+          acc[p][r][1] = load<vf>(c + r * c_stride + p * panel + column + W);
+        }
     const typename E::Weight* w = b + column * E::pack;
     for (int64_t s = 0; s < steps; ++s, w += panel * E::pack) {
 #pragma GCC unroll 2
@@ -179,15 +189,15 @@ inline void tile(const typename E::Value* a, int64_t a_stride, const typename E:
 // Any number of rows up to tile_rows, any number of panels whose outputs lie side by side.
 template <class E, int R = tile_rows>
 inline void tiles(int rows, const typename E::Value* a, int64_t a_stride, const typename E::Weight* b,
-                  int64_t b_stride, int panels, int64_t steps, float* c, int64_t c_stride) {
+                  int64_t b_stride, int panels, int64_t steps, float* c, int64_t c_stride, bool onto = false) {
   if (rows == R) {
     int p = 0;
     if constexpr (R <= tile_rows / 2)
       for (; p + 2 <= panels; p += 2)
-        tile<E, R, 2>(a, a_stride, b + p * b_stride, b_stride, steps, c + p * panel, c_stride);
+        tile<E, R, 2>(a, a_stride, b + p * b_stride, b_stride, steps, c + p * panel, c_stride, onto);
     for (; p < panels; ++p)
-      tile<E, R, 1>(a, a_stride, b + p * b_stride, b_stride, steps, c + p * panel, c_stride);
+      tile<E, R, 1>(a, a_stride, b + p * b_stride, b_stride, steps, c + p * panel, c_stride, onto);
   } else if constexpr (R > 1) {
-    tiles<E, R - 1>(rows, a, a_stride, b, b_stride, panels, steps, c, c_stride);
+    tiles<E, R - 1>(rows, a, a_stride, b, b_stride, panels, steps, c, c_stride, onto);
   }
 }

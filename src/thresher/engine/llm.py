@@ -73,8 +73,8 @@ class LLM:
     ) -> None:
         """model: a hub id, folder, .gguf file or the embedded default. attention: a method such as "dense" or
         "streaming:sinks=4,window=1024"; it applies to generated tokens. weights: bf16, int8 or float32 (keys, values
-        and activations are float32 only with float32 weights). kv_budget: bytes of keys and values that requests may hold,
-        by default half of the free memory. chunk_size: prompt tokens of one pass. allow_extrapolation: permit sequences
+        and activations are float32 only with float32 weights). kv_budget: bytes of keys and values that requests may
+        hold, by default half of the free memory. chunk_size: prompt tokens of one pass. allow_extrapolation: permit sequences
         longer than the model was trained for.
 
         Raises ModelError, UnsupportedModelError, StorageError or UsageError.
@@ -114,8 +114,10 @@ class LLM:
         tokenizer = self.model.tokenizer
         requests: list[tuple[list[int], KVSequence | None]] = []
         for prompt in listed:
-            ids = prompt_tokens(tokenizer, prompt, _known(framing)) if isinstance(prompt, str) else list(prompt)
-            requests.append((ids, None))
+            if isinstance(prompt, str):
+                requests.append((prompt_tokens(tokenizer, prompt, _known(framing)), None))
+            else:
+                requests.append((list(prompt), None))
         return self._run(requests, params)
 
     def read(
@@ -129,7 +131,7 @@ class LLM:
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Context:
         """Prefill a document once. With `path` it is also kept as a KV file, in checkpoints: a read that was cut goes
-        on where it was. framing: "chat" (default if the model has a template) or "plain". progress: tokens done, in all.
+        on where it was. framing: "chat" (default if the model has a template) or "plain". progress: tokens done, all.
 
         Raises UsageError, CapacityError, StorageError or KVFileBusyError.
         """

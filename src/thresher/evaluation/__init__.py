@@ -1,1 +1,1 @@
-"""evaluation."""
+"""Measuring: speed against the machine's floor and against other engines."""

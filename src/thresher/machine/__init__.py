@@ -1,1 +1,1 @@
-"""machine."""
+"""What a computation costs in bytes and operations, and what this machine can do of each in a second."""
