@@ -71,11 +71,13 @@ class LLM:
         trust_remote_code: bool = False,
         progress: Callable[[str], None] = lambda message: None,
     ) -> None:
-        """model: a hub id, folder, .gguf file or the embedded default. attention: a method such as "dense" or
+        """Load a model.
+
+        model: a hub id, folder, .gguf file or the embedded default. attention: a method such as "dense" or
         "streaming:sinks=4,window=1024"; it applies to generated tokens. weights: bf16, int8 or float32 (keys, values
         and activations are float32 only with float32 weights). kv_budget: bytes of keys and values that requests may
-        hold, by default half of the free memory. chunk_size: prompt tokens of one pass. allow_extrapolation: permit sequences
-        longer than the model was trained for.
+        hold, by default half of the free memory. chunk_size: prompt tokens of one pass. allow_extrapolation: permit
+        sequences longer than the model was trained for.
 
         Raises ModelError, UnsupportedModelError, StorageError or UsageError.
         """
@@ -84,7 +86,8 @@ class LLM:
         if kv_budget is not None and kv_budget < 1:
             raise UsageError(f"kv_budget={kv_budget}: must be a number of bytes above 0")
         self.attention = parse_method(attention) if isinstance(attention, str) else attention
-        self.model = load(resolve(model, progress), weights, trust_remote_code)
+        self.source = resolve(model, progress)
+        self.model = load(self.source, weights, trust_remote_code)
         self.runner = Runner(self.model)
         self.positions = 1 << 40 if allow_extrapolation else self.model.positions
         self.kv_budget = kv_budget or psutil.virtual_memory().available // 2
@@ -110,14 +113,12 @@ class LLM:
         framing: str = "plain",
     ) -> Iterator[Event]:
         """The same, token by token, of all prompts as they come."""
-        listed = [prompts] if isinstance(prompts, str) else list(prompts)
+        listed: Sequence[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else prompts
         tokenizer = self.model.tokenizer
         requests: list[tuple[list[int], KVSequence | None]] = []
         for prompt in listed:
-            if isinstance(prompt, str):
-                requests.append((prompt_tokens(tokenizer, prompt, _known(framing)), None))
-            else:
-                requests.append((list(prompt), None))
+            ids = prompt_tokens(tokenizer, prompt, _known(framing)) if isinstance(prompt, str) else list(prompt)
+            requests.append((ids, None))
         return self._run(requests, params)
 
     def read(

@@ -13,8 +13,8 @@ class SamplingParams:
     """How tokens are chosen and when to stop. Every request draws from random streams of its own.
 
     max_new_tokens: 0 produces nothing. temperature: 0 is greedy. top_k: 0 is off. top_p, min_p, repetition_penalty: as
-    in transformers. presence_penalty: taken once from every token already generated. stop: strings that end the answer and
-    are not part of it. logprobs: also report the log-probability of each token and of the n most likely (None: off).
+    in transformers. presence_penalty: taken once from every token already generated. stop: strings that end the answer
+    and are not part of it. logprobs: also report the log-probability of each token and of the n most likely.
     n: independent answers. Raises UsageError on a value that makes no sense.
     """
 

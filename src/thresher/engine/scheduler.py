@@ -83,7 +83,7 @@ class Scheduler:
         kv_budget: int,
         chunk_size: int,
     ) -> None:
-        """positions: longest sequence allowed; kv_budget: bytes of keys and values; chunk_size: prompt tokens a pass."""
+        """positions: longest sequence; kv_budget: bytes of keys and values; chunk_size: prompt tokens of a pass."""
         self._runner = runner
         self._visibility = method.visibility()
         self._positions = positions

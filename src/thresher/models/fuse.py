@@ -196,7 +196,7 @@ def _rotary_samples(model: Any, fuser: _Fuser) -> dict[str, list[tuple[torch.Ten
 
 
 def fuse(model: Any, weights: torch.dtype, calls: list[LayerCall]) -> list[str]:
-    """Replace what can be replaced, in place; weights: bf16, float32 or int8. Returns the kinds of module left stock."""
+    """Replace what can be replaced, in place; weights: bf16, float32 or int8. Returns the kinds of module left."""
     fuser = _Fuser(model, weights, calls)
     layer_types = getattr(model.config.get_text_config(), "layer_types", None)
     left: set[str] = set()

