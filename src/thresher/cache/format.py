@@ -149,8 +149,8 @@ def decode_info(fields: Mapping[str, Any]) -> KVFileInfo:
             raise ValueError(name)
         return value
 
-    def texts(values: Mapping[str, Any]) -> dict[str, str]:
-        if not all(isinstance(v, str) for v in values.values()):
+    def texts(values: Any) -> dict[str, str]:
+        if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
             raise ValueError("text expected")
         return dict(values)
 

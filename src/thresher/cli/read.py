@@ -7,7 +7,6 @@ import typer
 from thresher.cli import options as o
 from thresher.cli.terminal import clear_errors, progress_bar, read_text, stderr, write_json
 
-
 MOST_BYTES = 2**28  # a larger text would keep the tokenizer busy for minutes before it is refused
 
 

@@ -219,12 +219,12 @@ def fuse(model: Any, weights: torch.dtype, calls: list[LayerCall]) -> list[str]:
                 if fused is not None:
                     setattr(parent, name, fused)
                     continue
-                if next(child.children(), None) is None and next(child.parameters(), None) is not None:
+                if not isinstance(child, nn.Embedding) and next(child.parameters(recurse=False), None) is not None:
                     left.add(type(child).__name__)
                 visit(child)
 
         visit(model)
-    return sorted(left - {"Embedding"})
+    return sorted(left)
 
 
 def weight_bytes(model: nn.Module) -> int:

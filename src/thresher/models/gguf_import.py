@@ -82,19 +82,17 @@ def _convert(path: Path, folder: Path) -> None:
         with redirect_stderr(io.StringIO()):  # progress bars of its own
             loaded = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
-            # What came from a GGUF file refuses to be saved; a fresh model with its weights does not.
-            config = loaded.config
-            config._name_or_path = ""
-            del config.quantization_config
-            with torch.device("meta"):
-                model = type(loaded)(config)
-            model.load_state_dict(loaded.state_dict(), assign=True)
-            model.tie_weights()
-            model.generation_config = loaded.generation_config
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    except OSError:
-        raise
+        # What came from a GGUF file refuses to be saved; a fresh model with its weights does not.
+        config = loaded.config
+        config._name_or_path = ""
+        del config.quantization_config
+        with torch.device("meta"):
+            model = type(loaded)(config)
+        model.load_state_dict(loaded.state_dict(), assign=True)
+        model.tie_weights()
+        model.generation_config = loaded.generation_config
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise ModelError(f"{path} is not a GGUF file that can be converted: {reason}") from error
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -12,7 +12,17 @@ from thresher.errors import UnsupportedModelError
 NAME = "thresher"
 
 # Keyword arguments of an attention call that change nothing we compute.
-_HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "is_causal", "sliding_window", NAME}
+_HARMLESS = {
+    NAME,
+    "cache_position",
+    "is_causal",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "sliding_window",
+    "use_cache",
+}
 _NAMED = {"softcap": "soft-capped logits", "s_aux": "attention sinks", "position_bias": "a position bias"}
 
 

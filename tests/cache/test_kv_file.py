@@ -1,0 +1,317 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import xxhash
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from thresher.cache import file as kv
+from thresher.cache.format import MAGIC, Identity, KVFileInfo, Source, encode_header
+from thresher.cache.sequence import KVLayout, KVSequence
+from thresher.errors import (
+    KVFileBusyError,
+    KVFileDamagedError,
+    KVFileError,
+    KVFileMismatchError,
+    KVFileVersionError,
+    NotAKVFileError,
+    StorageError,
+)
+
+IDENTITY = Identity("tiny", "m" * 32, "t" * 32)
+SOURCE = Source("book.txt", "0" * 64)
+
+
+def layout(dtype=torch.bfloat16):
+    return KVLayout(layers=2, kv_heads=3, head_dim=4, dtype=dtype)
+
+
+def sequence(n, dtype=torch.bfloat16, seed=0):
+    torch.manual_seed(seed)
+    made = KVSequence(layout(dtype))
+    ids = torch.randint(0, 50000, (n,)).tolist()
+    for begin in range(0, n, 300):  # several segments
+        part = ids[begin : begin + 300]
+        made.append(part, torch.randn(2, 2, 3, len(part), 4).to(dtype))
+    return made
+
+
+def info(made):
+    return KVFileInfo(IDENTITY, made.layout, made.length, "bf16", "chat", SOURCE)
+
+
+def save(path, made):
+    kv.save(path, made, identity=IDENTITY, weights="bf16", framing="chat", source=SOURCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("n", [1, 511, 512, 513, 2000])
+def test_round_trip(tmp_path, n, dtype):
+    made = sequence(n, dtype)
+    save(tmp_path / "x.kv", made)
+    opened, found = kv.open_kv(tmp_path / "x.kv", expect=IDENTITY, layout=made.layout)
+    assert found == info(made) == kv.inspect(tmp_path / "x.kv")
+    assert opened.token_ids == made.token_ids
+    assert torch.equal(opened.rows(0, n), made.rows(0, n))
+    assert os.listdir(tmp_path) == ["x.kv"]
+
+
+def test_an_opened_file_goes_on_without_being_written(tmp_path):
+    made = sequence(100)
+    save(tmp_path / "x.kv", made)
+    before = (tmp_path / "x.kv").read_bytes()
+    opened, _ = kv.open_kv(tmp_path / "x.kv")
+    more = sequence(40, seed=1)
+    opened.crop(90)
+    opened.append(more.token_ids, more.rows(0, 40))
+    opened.segments()[0][0][:] = 0  # even a stray write stays in memory
+    assert (tmp_path / "x.kv").read_bytes() == before
+
+
+def test_another_model_tokenizer_or_dtype(tmp_path):
+    made = sequence(10)
+    save(tmp_path / "x.kv", made)
+    with pytest.raises(KVFileMismatchError, match="another model \\(tiny\\), not with other"):
+        kv.open_kv(tmp_path / "x.kv", expect=Identity("other", "x", "t" * 32))
+    with pytest.raises(KVFileMismatchError, match="tokenizer"):
+        kv.open_kv(tmp_path / "x.kv", expect=Identity("tiny", "m" * 32, "x"))
+    kv.open_kv(tmp_path / "x.kv", expect=Identity("renamed", "m" * 32, "t" * 32))
+    with pytest.raises(KVFileMismatchError, match="bfloat16, written with --weights bf16; .* float32"):
+        kv.open_kv(tmp_path / "x.kv", layout=layout(torch.float32))
+    with pytest.raises(KVFileMismatchError, match="shape"):
+        kv.open_kv(tmp_path / "x.kv", layout=KVLayout(3, 3, 4, torch.bfloat16))
+
+
+def test_not_a_file_of_ours(tmp_path):
+    with pytest.raises(KVFileError, match="no such file"):
+        kv.open_kv(tmp_path / "x.kv")
+    with pytest.raises(KVFileError, match="directory"):
+        kv.open_kv(tmp_path)
+    for content in (b"", b"x", b"hello world, this is text" * 1000):
+        (tmp_path / "x.kv").write_bytes(content)
+        with pytest.raises(NotAKVFileError):
+            kv.open_kv(tmp_path / "x.kv")
+
+
+def test_wrong_version(tmp_path):
+    save(tmp_path / "x.kv", sequence(10))
+    data = bytearray((tmp_path / "x.kv").read_bytes())
+    data[8] = 7
+    (tmp_path / "x.kv").write_bytes(data)
+    with pytest.raises(KVFileVersionError, match="version 7"):
+        kv.inspect(tmp_path / "x.kv")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("kv") / "x.kv"
+    save(path, sequence(700))
+    return path.read_bytes()
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_flipped_byte_is_found(whole, tmp_path, data):
+    """Unless it lies in padding, where it means nothing."""
+    _, _, where = kv.decode_header(open_bytes(whole, tmp_path), tmp_path / "x.kv", len(whole))
+    at = data.draw(
+        st.one_of(
+            st.integers(0, 300), st.integers(where.tokens, where.tokens + 2799), st.integers(where.rows, where.end - 1)
+        )
+    )
+    broken = bytearray(whole)
+    broken[at] ^= data.draw(st.integers(1, 255))
+    (tmp_path / "y.kv").write_bytes(broken)
+    with pytest.raises(KVFileError):
+        kv.open_kv(tmp_path / "y.kv")
+
+
+def open_bytes(content, tmp_path):
+    (tmp_path / "x.kv").write_bytes(content)
+    return (tmp_path / "x.kv").open("rb")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_any_cut_is_found(whole, tmp_path, share):
+    (tmp_path / "y.kv").write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(KVFileError):
+        kv.open_kv(tmp_path / "y.kv", verify=False)
+
+
+def test_something_appended_is_found(whole, tmp_path):
+    (tmp_path / "y.kv").write_bytes(whole + b"x")
+    with pytest.raises(KVFileDamagedError, match="bytes"):
+        kv.inspect(tmp_path / "y.kv")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    field=st.sampled_from(["identity", "layers", "head_dim", "dtype", "length", "source", "checksums", ""]),
+    value=json_values,
+)
+def test_hostile_headers_with_valid_checksums(tmp_path, field, value):
+    made = sequence(10)
+    fields = json.loads(encode_header(info(made), [0])[16:-8])
+    if field:
+        fields[field] = value
+    body = json.dumps(fields if field else value).encode()
+    head = MAGIC + (1).to_bytes(4, "little") + len(body).to_bytes(4, "little") + body
+    (tmp_path / "y.kv").write_bytes(head + xxhash.xxh3_64_intdigest(head).to_bytes(8, "little") + bytes(5000))
+    with pytest.raises(KVFileError):
+        kv.open_kv(tmp_path / "y.kv")
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=200))
+def test_random_bytes_after_the_magic(tmp_path, content):
+    (tmp_path / "y.kv").write_bytes(MAGIC + content)
+    with pytest.raises(KVFileError):
+        kv.open_kv(tmp_path / "y.kv")
+
+
+def test_writing_goes_on_where_it_was_cut(tmp_path):
+    made = sequence(1800)
+    path = tmp_path / "x.kv"
+    with kv.KVFileWriter(path, info(made), made.token_ids) as writer:
+        assert writer.done == 0
+        writer.write(made, 1500)
+        assert writer.done == 1024  # whole blocks
+    assert not path.exists()
+    with kv.KVFileWriter(path, info(made), made.token_ids) as writer:
+        assert writer.done == 1024
+        loaded = writer.load()
+        assert torch.equal(loaded.rows(0, 1024), made.rows(0, 1024))
+        assert loaded.token_ids == made.token_ids[:1024]
+        writer.write(made, 1800)
+        writer.finish()
+    opened, _ = kv.open_kv(path)
+    assert torch.equal(opened.rows(0, 1800), made.rows(0, 1800))
+    assert os.listdir(tmp_path) == ["x.kv"]
+
+
+@pytest.mark.parametrize("what", ["other tokens", "other weights", "altered part", "broken note", "no note"])
+def test_a_part_that_does_not_fit_is_not_trusted(tmp_path, what):
+    made = sequence(1800)
+    path = tmp_path / "x.kv"
+    with kv.KVFileWriter(path, info(made), made.token_ids) as writer:
+        writer.write(made, 1024)
+        where = writer._where.rows
+    described, ids = info(made), list(made.token_ids)
+    if what == "other tokens":
+        ids[3] += 1
+    if what == "other weights":
+        described = KVFileInfo(IDENTITY, made.layout, made.length, "int8", "chat", SOURCE)
+    if what == "altered part":
+        with (tmp_path / "x.kv.part").open("r+b") as file:
+            file.seek(where + 700 * 8)
+            file.write(b"\x55\x55")
+    if what == "broken note":
+        (tmp_path / "x.kv.part.json").write_text("[1, 2")
+    if what == "no note":
+        (tmp_path / "x.kv.part.json").unlink()
+    with kv.KVFileWriter(path, described, ids) as writer:
+        assert writer.done == (512 if what == "altered part" else 0)
+
+
+def test_other_rows_than_announced(tmp_path):
+    made = sequence(600)
+    with (
+        kv.KVFileWriter(tmp_path / "x.kv", info(made), made.token_ids) as writer,
+        pytest.raises(ValueError, match="other tokens"),
+    ):
+        writer.write(sequence(600, seed=5), 600)
+
+
+def test_two_writers(tmp_path):
+    made = sequence(600)
+    with kv.KVFileWriter(tmp_path / "x.kv", info(made), made.token_ids) as writer:
+        with pytest.raises(KVFileBusyError, match="another process"):
+            kv.KVFileWriter(tmp_path / "x.kv", info(made), made.token_ids)
+        writer.write(made, 600)
+        writer.finish()
+    kv.open_kv(tmp_path / "x.kv")
+
+
+def test_no_space(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    made = sequence(600)
+    with pytest.raises(StorageError, match="no space left"):
+        save(tmp_path / "x.kv", made)
+    assert os.listdir(tmp_path) == []
+
+
+def test_no_space_while_writing_keeps_the_checkpoint(tmp_path, monkeypatch):
+    made = sequence(1800)
+    with kv.KVFileWriter(tmp_path / "x.kv", info(made), made.token_ids) as writer:
+        writer.write(made, 1024)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+            with pytest.raises(StorageError, match="no space left"):
+                writer.write(made, 1800)
+    with kv.KVFileWriter(tmp_path / "x.kv", info(made), made.token_ids) as writer:
+        assert writer.done == 1024
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    made = sequence(10)
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "no" / "x.kv", tmp_path / "file" / "x.kv", tmp_path):
+        with pytest.raises(StorageError):
+            save(path, made)
+
+
+def test_an_old_file_survives_a_failed_save(tmp_path, monkeypatch):
+    old = sequence(10)
+    save(tmp_path / "x.kv", old)
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(StorageError, match="Input/output"):
+        save(tmp_path / "x.kv", sequence(20))
+    assert kv.open_kv(tmp_path / "x.kv")[0].token_ids == old.token_ids
+
+
+KILLED = """
+import sys
+sys.path.insert(0, {folder!r})
+from pathlib import Path
+from test_kv_file import *
+made = sequence(200000)
+with kv.KVFileWriter(Path(sys.argv[1]), info(made), made.token_ids) as writer:
+    for upto in range(512, 200001, 512):
+        writer.write(made, upto)
+        print(writer.done, flush=True)
+"""
+
+
+def test_killed_while_writing(tmp_path):
+    """SIGKILL in the middle: no file under its name, and every checkpoint that was announced is there."""
+    code = KILLED.format(folder=os.path.dirname(__file__))
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "x.kv")], stdout=subprocess.PIPE, text=True)
+    announced = [int(child.stdout.readline()) for _ in range(5)][-1]
+    time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (tmp_path / "x.kv").exists()
+    made = sequence(200000)
+    with kv.KVFileWriter(tmp_path / "x.kv", info(made), made.token_ids) as writer:
+        assert writer.done >= announced
+        assert torch.equal(writer.load().rows(0, announced), made.rows(0, announced))
+        writer.discard()
+    assert os.listdir(tmp_path) == []

