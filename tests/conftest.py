@@ -60,7 +60,7 @@ def tiny_module(name, seed=0):
     torch.manual_seed(seed)
     module = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.float32).eval()
     with torch.no_grad():  # norms and biases of a fresh model are ones and zeros, and would hide mistakes
-        for key, parameter in module.named_parameters():
+        for parameter in module.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return module

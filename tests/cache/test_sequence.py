@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from thresher.cache.sequence import MIN_TAIL, KVLayout, KVSequence, Segment, resident_bytes
+from thresher.errors import CapacityError
 
 LAYOUT = KVLayout(layers=2, kv_heads=1, head_dim=2, dtype=torch.float32)
 
@@ -103,6 +104,11 @@ def test_a_mapped_segment_is_not_resident_and_never_written():
     assert torch.equal(data, rows_for(range(4)))
     assert torch.equal(sequence.rows(0, 3), rows_for([0, 1, 9]))
     assert resident_bytes([sequence]) == MIN_TAIL * LAYOUT.bytes_per_token
+
+
+def test_more_than_the_machine_has():
+    with pytest.raises(CapacityError, match="no memory"):
+        KVSequence(LAYOUT).reserve(1 << 42, exact=True)
 
 
 def test_misuse():

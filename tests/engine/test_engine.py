@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_module
 
+from conftest import byte_tokenizer, tiny_module
 from thresher import LLM, SamplingParams
 from thresher.attention.registry import METHODS, parse_method
 from thresher.cache.sequence import KVSequence, resident_bytes

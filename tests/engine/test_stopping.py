@@ -1,10 +1,10 @@
 import pytest
-from conftest import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from conftest import byte_tokenizer
 from thresher.engine.stopping import TextStream
 
 

@@ -1,8 +1,8 @@
 import copy
 
 import torch
-from conftest import byte_tokenizer, tiny_module
 
+from conftest import byte_tokenizer, tiny_module
 from thresher.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 
 

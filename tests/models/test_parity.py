@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, byte_tokenizer, tiny_module
 
+from conftest import ARCHITECTURES, byte_tokenizer, tiny_module
 from thresher.attention.dense import Dense
 from thresher.engine.runner import Runner, Work
 from thresher.engine.sampling import SamplingParams

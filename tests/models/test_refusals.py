@@ -3,8 +3,8 @@
 import pytest
 import torch
 import transformers as t
-from conftest import SMALL, byte_tokenizer, tiny_module
 
+from conftest import SMALL, byte_tokenizer, tiny_module
 from thresher.errors import ModelError, UnsupportedModelError
 from thresher.models.interface import position_limit
 from thresher.models.load import prepare

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from thresher.errors import CapacityError
+
 MIN_TAIL = 64  # tokens
 
 
@@ -22,8 +24,15 @@ class KVLayout:
         return self.layers * 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
 
     def empty(self, capacity: int) -> torch.Tensor:
-        """Uninitialised storage `[layers, 2, kv_heads, capacity, head_dim]`; pages cost nothing until written."""
-        return torch.empty(self.layers, 2, self.kv_heads, capacity, self.head_dim, dtype=self.dtype)
+        """Uninitialised storage `[layers, 2, kv_heads, capacity, head_dim]`; pages cost nothing until written.
+
+        Raises CapacityError if the machine has no memory for it.
+        """
+        try:
+            return torch.empty(self.layers, 2, self.kv_heads, capacity, self.head_dim, dtype=self.dtype)
+        except RuntimeError:
+            size = capacity * self.bytes_per_token
+            raise CapacityError(f"no memory for {capacity} tokens of KV cache ({size / 2**20:.0f} MiB)") from None
 
 
 @dataclass(eq=False)

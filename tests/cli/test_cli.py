@@ -1,0 +1,225 @@
+"""Every command as a user calls it: in a process of its own, with good and bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 8
+
+
+def run(*arguments, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-c", "from thresher.cli import main; main()", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **kwargs,
+    )
+
+
+@pytest.fixture
+def book(tmp_path):
+    (tmp_path / "book.txt").write_text(TEXT)
+    return tmp_path / "book.txt"
+
+
+@pytest.fixture(scope="module")
+def kv(tmp_path_factory, tiny_folder):
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "book.txt").write_text(TEXT)
+    done = run("read", folder / "book.txt", "-o", folder / "book.kv", "--model", tiny_folder, "--json", "-")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens"] == len("[user]" + TEXT)
+    return folder / "book.kv"
+
+
+def fails(code, words, *arguments, **kwargs):
+    done = run(*arguments, **kwargs)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_help_names_every_command():
+    text = run("--help").stdout
+    assert all(name in text for name in ("generate", "read", "ask", "bench", "doctor"))
+    for command in (["generate"], ["read"], ["ask"], ["doctor"], ["bench", "decode"], ["bench", "prefill"]):
+        done = run(*command, "--help")
+        assert done.returncode == 0
+        assert "--json" in done.stdout
+
+
+def test_generate(tiny_folder):
+    done = run("generate", "hello", "--model", tiny_folder, "--max-new-tokens", 5, "--json", "-", "--logprobs", 2)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)["answers"][0]
+    assert len(answer["token_ids"]) == len(answer["logprobs"]) <= 5
+    assert len(answer["logprobs"][0]["top"]) == 2
+
+
+def test_generate_from_stdin_with_samples(tiny_folder):
+    done = run(
+        *("generate", "--file", "-", "--raw", "--model", tiny_folder, "--max-new-tokens", 4, "--n", 3),
+        *("--temperature", 1),
+        input="hello",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "(3 of 3)" in done.stdout
+
+
+def test_no_new_tokens(tiny_folder):
+    done = run("generate", "hello", "--model", tiny_folder, "--max-new-tokens", 0)
+    assert done.returncode == 0
+    assert done.stdout.strip() == ""
+
+
+def test_ask(kv, tiny_folder, tmp_path):
+    out = tmp_path / "out.json"
+    done = run("ask", kv, "Who?", "Where?", "--model", tiny_folder, "--max-new-tokens", 4, "--json", out)
+    assert done.returncode == 0, done.stderr
+    assert [q["question"] for q in json.loads(out.read_text())["questions"]] == ["Who?", "Where?"]
+    assert "first token" in done.stderr
+
+
+def test_bad_input(kv, book, tiny_folder, tmp_path):
+    model = ("--model", tiny_folder)
+    fails(2, "give a prompt", "generate", *model)
+    fails(2, "prompt is empty", "generate", "", *model)
+    fails(2, "temperature=-1.0", "generate", "hi", "--temperature", -1, *model)
+    fails(2, "top_p=2.0", "generate", "hi", "--top-p", 2, *model)
+    fails(2, "did you mean 'dense'", "generate", "hi", "--attention", "dens", *model)
+    fails(2, "choose one of bf16", "generate", "hi", "--weights", "int2", *model)
+    fails(3, "no such folder", "generate", "hi", "--model", "/no/such/model")
+    fails(3, "not a GGUF", "generate", "hi", "--model", broken_gguf(tmp_path))
+    fails(5, "512 positions", "generate", "x" * 600, *model)
+    fails(2, "no such file", "read", tmp_path / "no.txt", "-o", tmp_path / "x.kv", *model)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    fails(2, "not UTF-8", "read", tmp_path / "latin.txt", "-o", tmp_path / "x.kv", *model)
+    (tmp_path / "empty.txt").write_bytes(b"\n")
+    fails(2, "is empty", "read", tmp_path / "empty.txt", "-o", tmp_path / "x.kv", *model)
+    fails(6, "cannot be written", "read", book, "-o", tmp_path / "no" / "x.kv", *model)
+    fails(6, "is a folder", "read", book, "-o", tmp_path, *model)
+    fails(4, "no such file", "ask", tmp_path / "no.kv", "q", *model)
+    fails(4, "not a KV file", "ask", book, "q", *model)
+    fails(4, "float32", "ask", kv, "q", "--weights", "float32", *model)
+    fails(2, "question is empty", "ask", kv, " ", *model)
+    fails(2, "--contexts x", "bench", "decode", "--contexts", "x", *model)
+    fails(2, "peer 'vllm'", "bench", "decode", "--contexts", "16", "--peers", "vllm", *model)
+    fails(2, "comes from a GGUF", "bench", "decode", "--contexts", "16", "--peers", "llama.cpp", *model)
+    fails(2, "not available here", "doctor", *model, env=os.environ | {"THRESHER_ISA": "mmx"})
+    (tmp_path / "file").write_text("")
+    gguf = tmp_path / "head.gguf"
+    gguf.write_bytes(b"GGUF\x03" + bytes(3) + bytes(16) + bytes(100))
+    fails(
+        6,
+        "THRESHER_CACHE",
+        "generate",
+        "hi",
+        "--model",
+        gguf,
+        env=os.environ | {"THRESHER_CACHE": str(tmp_path / "file")},
+    )
+
+
+def broken_gguf(tmp_path):
+    (tmp_path / "broken.gguf").write_bytes(b"not this")
+    return tmp_path / "broken.gguf"
+
+
+def test_huge_file(tiny_folder, tmp_path):
+    with (tmp_path / "huge.txt").open("wb") as file:
+        file.truncate(2**33)  # sparse
+    fails(2, "larger than", "read", tmp_path / "huge.txt", "-o", tmp_path / "x.kv", "--model", tiny_folder)
+
+
+def test_damaged_file(kv, tiny_folder, tmp_path):
+    data = bytearray(kv.read_bytes())
+    data[-100] ^= 1
+    (tmp_path / "x.kv").write_bytes(data)
+    fails(4, "do not match their checksum", "ask", tmp_path / "x.kv", "q", "--model", tiny_folder)
+
+
+def test_debug_shows_the_traceback():
+    done = run("generate", "hi", "--model", "/no/such/model", "--debug")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+
+
+def test_doctor_and_bench(tiny_folder, tmp_path):
+    done = run("doctor", "--model", tiny_folder, "--json", "-")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["read_bytes_per_second"] > 1e8
+    out = tmp_path / "b.json"
+    model = ("--model", tiny_folder)
+    done = run("bench", "decode", "--contexts", "64,300", "--batch", "1,2", "--rounds", 1, "--json", out, *model)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())
+    assert [(r["context"], r["batch"]) for r in rows] == [(64, 1), (64, 2), (300, 1), (300, 2)]
+    assert all(r["median_ms"] > 0 and r["floor_ratio"] > 0 for r in rows)
+    done = run("bench", "prefill", "--lengths", "100", "--peers", "transformers", "--rounds", 1, "--json", out, *model)
+    assert done.returncode == 0, done.stderr
+    assert [r["engine"] for r in json.loads(out.read_text())] == [
+        "thresher bf16 dense",
+        "transformers bf16",
+        "transformers float32",
+    ]
+
+
+def test_ctrl_c_while_generating(tiny_folder):
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "from thresher.cli import main; main()",
+            "generate",
+            "hi",
+            "--model",
+            str(tiny_folder),
+            "--max-new-tokens",
+            "1000000",
+            "--ignore-eos",
+            "--allow-extrapolation",
+            "--kv-budget",
+            "4000",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    child.stdout.read(20)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "interrupted" in err
+    assert "Traceback" not in err
+
+
+def test_ctrl_c_while_reading_keeps_a_checkpoint(tiny_folder, tmp_path):
+    (tmp_path / "long.txt").write_text(TEXT * 60)
+    command = ["read", str(tmp_path / "long.txt"), "-o", str(tmp_path / "x.kv"), "--model", str(tiny_folder)]
+    child = subprocess.Popen(
+        [sys.executable, "-c", "from thresher.cli import main; main()", *command, "--allow-extrapolation"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    note = tmp_path / "x.kv.part.json"
+    while not (note.exists() and '"checksums": [1' in note.read_text().replace("[2", "[1")):
+        assert child.poll() is None
+        time.sleep(0.005)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130, err
+    assert not (tmp_path / "x.kv").exists()
+    done = run(*command, "--allow-extrapolation", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["resumed_at"] >= 512
+    assert sorted(os.listdir(tmp_path)) == ["long.txt", "x.kv"]
