@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 
 SOURCES := $(wildcard csrc/*) CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: help install test check demo sanitize bench clean
+.PHONY: help install test check demo sanitize clean
 help:  ## List what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -35,6 +35,19 @@ check: install  ## Format, lint, types, layers
 
 test: check  ## Everything that must hold before a commit lands
 	$(BIN)/python -m pytest
+
+demo: install  ## Read a long text, ask it questions, show the times
+	$(BIN)/python examples/demo.py
+
+# A separate copy, imported without the editable install: AddressSanitizer must be loaded before Python.
+SANITIZED := build/sanitized
+sanitize: install  ## The kernel tests under AddressSanitizer and UBSan
+	$(PIP) --no-build-isolation --no-deps --upgrade --target $(SANITIZED) -C build-dir=build/sanitize \
+	  -C cmake.define.THRESHER_SANITIZE=ON .
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OMP_NUM_THREADS=2 \
+	  PYTHONPATH=$(SANITIZED):$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])') \
+	  $$($(BIN)/python -c 'import sys; print(sys._base_executable)') -m pytest tests/kernels -p no:cacheprovider
 
 clean:  ## Remove what was built (not the model cache)
 	rm -rf build $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
