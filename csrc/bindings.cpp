@@ -8,6 +8,7 @@
 #include <string>
 #include <tuple>
 
+#include "layer.h"
 #include "plan.h"
 
 namespace nb = nanobind;
@@ -36,7 +37,7 @@ void bind_linear(nb::module_& m) {
          uintptr_t scale, uintptr_t bias, uintptr_t y, int64_t y_stride, int64_t out, int64_t in, bool y_f32,
          int threads) {
         k.table->linear({Type(weight), Activation(activation), at(x), x_stride, rows, at(w), at<float>(scale),
-                         at<float>(bias), at(y), y_stride, out, in, y_f32, threads});
+                         at<float>(bias), nullptr, at(y), y_stride, out, in, y_f32, threads});
       },
       nb::call_guard<nb::gil_scoped_release>());
 }
@@ -106,6 +107,56 @@ void bind_plan(nb::module_& m) {
           nb::call_guard<nb::gil_scoped_release>());
 }
 
+void bind_layer(nb::module_& m) {
+  // Packed weights come as (address, scale, bias, inputs, outputs).
+  using Packed = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t>;
+  nb::class_<Layer>(m, "Layer")
+      .def(
+          "__init__",
+          [](Layer* self, const KernelSet& k, int type, int weight, int activation, const Packed& qkv, const Packed& out,
+             const Packed& gate_up, const Packed& down, std::tuple<uintptr_t, float> norm,
+             std::tuple<uintptr_t, float> mlp_norm, std::tuple<uintptr_t, uintptr_t, float> head_norms,
+             std::tuple<int, int, int> heads, int index, float scale, int64_t window) {
+            auto linear = [&](const Packed& p, Activation act) {
+              Linear l{};
+              l.weight = Type(weight);
+              l.activation = act;
+              l.w = at(std::get<0>(p));
+              l.scale = at<float>(std::get<1>(p));
+              l.bias = at<float>(std::get<2>(p));
+              l.in = std::get<3>(p);
+              l.out = std::get<4>(p);
+              l.y_f32 = Type(type) == Type::f32;
+              return l;
+            };
+            Rope rope{};
+            rope.type = Type(type);
+            std::tie(rope.q_heads, rope.kv_heads, rope.head_dim) = heads;
+            rope.q_norm = at<float>(std::get<0>(head_norms));
+            rope.k_norm = at<float>(std::get<1>(head_norms));
+            rope.eps = std::get<2>(head_norms);
+            const Rows first{Type(type), nullptr, nullptr, at<float>(std::get<0>(norm)), 0, 0, std::get<1>(norm), 0};
+            const Rows second{Type(type), nullptr,          nullptr, at<float>(std::get<0>(mlp_norm)), 0, 0,
+                              std::get<1>(mlp_norm), 0};
+            new (self) Layer{k.table,
+                             first,
+                             second,
+                             linear(qkv, Activation::none),
+                             linear(out, Activation::none),
+                             linear(gate_up, Activation(activation)),
+                             linear(down, Activation::none),
+                             rope,
+                             index,
+                             scale,
+                             window};
+          })
+      .def(
+          "run",
+          [](const Layer& self, Plan& plan, uintptr_t hidden, int64_t tokens, uintptr_t cos, uintptr_t sin,
+             int rotary_dim, int threads) { self.run(plan, at(hidden), tokens, at(cos), at(sin), rotary_dim, threads); },
+          nb::call_guard<nb::gil_scoped_release>());
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -122,4 +173,5 @@ NB_MODULE(_native, m) {
   bind_linear(m);
   bind_elementwise(m);
   bind_plan(m);
+  bind_layer(m);
 }

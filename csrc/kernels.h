@@ -22,6 +22,7 @@ struct Linear {
   const void* w;
   const float* scale;  // one per packed output (int8), or null
   const float* bias;   // one per packed output, or null
+  const void* add;     // null, or what is added to y: of y's type and strides, may be y itself
   void* y;
   int64_t y_stride;
   int64_t out;

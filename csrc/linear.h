@@ -22,6 +22,18 @@ inline void finish_panel(const Linear& args, int64_t first, int rows, float* c) 
     }
 }
 
+// One row of one panel goes to its place, `at` values from the first of y.
+template <class E>
+inline void write_panel(const Linear& args, int64_t at, int columns, const float* c) {
+  typename E::Value* y = (typename E::Value*)args.y + at;
+  const typename E::Value* add = args.add ? (const typename E::Value*)args.add + at : nullptr;
+  if (columns == panel)
+    for (int j = 0; j < panel; j += W)
+      E::put_vector(y + j, add ? load<vf>(c + j) + E::get_vector(add + j) : load<vf>(c + j));
+  else
+    for (int j = 0; j < columns; ++j) E::put(y + j, add ? c[j] + E::get(add + j) : c[j]);
+}
+
 template <class E>
 void linear_panels(const Linear& args, int64_t panel_begin, int64_t panel_end) {
   typedef typename E::Value Value;
@@ -51,19 +63,10 @@ void linear_panels(const Linear& args, int64_t panel_begin, int64_t panel_end) {
         }
         for (int r = 0; r < rows; ++r) {
           const int64_t at = (row + r) * args.y_stride + first;
-          if (args.y_f32) {
-            float* y = (float*)args.y + at;
-            if (columns == panel)
-              for (int j = 0; j < panel; j += W) store(y + j, load<vf>(c + r * panel + j));
-            else
-              for (int j = 0; j < columns; ++j) y[j] = c[r * panel + j];
-          } else {
-            uint16_t* y = (uint16_t*)args.y + at;
-            if (columns == panel)
-              for (int j = 0; j < panel; j += W) store(y + j, to_bf16(load<vf>(c + r * panel + j)));
-            else
-              for (int j = 0; j < columns; ++j) y[j] = float_to_bf16(c[r * panel + j]);
-          }
+          if (args.y_f32)
+            write_panel<F32>(args, at, columns, c + r * panel);
+          else
+            write_panel<BF16>(args, at, columns, c + r * panel);
         }
       }
     }

@@ -13,6 +13,7 @@ namespace thresher {
 struct Workspace {
   std::vector<char> scratch;
   std::vector<float> partials;
+  std::vector<char> activations;
 };
 
 class Plan {
@@ -23,6 +24,7 @@ class Plan {
   void add(int64_t queries, int64_t past, int64_t window, int64_t sinks, std::vector<Run> runs);
 
   void attend(Attention args);
+  Workspace& workspace() { return *workspace_; }
   int64_t rows_read(int64_t layer_window);  // rows of K (and as many of V) one layer reads, per KV head
 
  private:

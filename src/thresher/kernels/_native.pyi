@@ -49,6 +49,32 @@ class Plan:
         /,
     ) -> None: ...
 
+_Packed = tuple[int, int, int, int, int]
+
+class Layer:
+    def __init__(
+        self,
+        kernels: KernelSet,
+        type: int,
+        weight: int,
+        activation: int,
+        qkv: _Packed,
+        out: _Packed,
+        gate_up: _Packed,
+        down: _Packed,
+        norm: tuple[int, float],
+        mlp_norm: tuple[int, float],
+        head_norms: tuple[int, int, float],
+        heads: tuple[int, int, int],
+        index: int,
+        scale: float,
+        window: int,
+        /,
+    ) -> None: ...
+    def run(
+        self, plan: Plan, hidden: int, tokens: int, cos: int, sin: int, rotary_dim: int, threads: int, /
+    ) -> None: ...
+
 def isas() -> list[str]: ...
 def linear(
     kernels: KernelSet,

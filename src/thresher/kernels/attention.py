@@ -37,7 +37,7 @@ class AttentionPlan:
         self.dtype = dtype
         self.tokens = 0
         self._threads = threads()
-        self._plan = _native.Plan(
+        self.native = _native.Plan(
             kernel_set(),
             workspace,
             TYPES[dtype],
@@ -67,12 +67,12 @@ class AttentionPlan:
             runs.append((data.data_ptr(), data.shape[3], start, start + used))
             start += used
         window, sinks = (visibility.window, visibility.sinks) if visibility else (0, 0)
-        self._plan.add(queries, past, window, sinks, runs)
+        self.native.add(queries, past, window, sinks, runs)
         self.tokens += queries
 
     def rows_read(self, layer_window: int = 0) -> int:
         """Rows of K (and as many of V) that a layer reads for each KV head."""
-        return self._plan.rows_read(layer_window)
+        return self.native.rows_read(layer_window)
 
     def attend(
         self,
@@ -89,7 +89,7 @@ class AttentionPlan:
         dtype. layer_window: a sliding window of the model's own (0: none). Returns `[tokens, q_heads, head_dim]`.
         """
         out = torch.empty(self.tokens, self.heads.q_heads, self.heads.head_dim, dtype=self.dtype)
-        self._plan.attend(
+        self.native.attend(
             layer,
             q.data_ptr(),
             q.stride(0),

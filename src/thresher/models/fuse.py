@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from thresher.kernels import _native
+from thresher.kernels.attention import AttentionPlan, Heads
 from thresher.kernels.elementwise import rms_norm, rope_
+from thresher.kernels.layer import LayerWeights, NativeLayer, Norm
 from thresher.kernels.linear import ACTIVATIONS, PackedLinear, pack_linear
 from thresher.models.interface import NAME, LayerCall, Recorder
 
@@ -90,6 +93,22 @@ class Attention(nn.Module):
         q, k, v = torch.split(rows, [call.q_heads, call.kv_heads, call.kv_heads], dim=1)
         mixed = kwargs[NAME].attend(self.layer_idx, q, k, v, call.scale, call.window)
         return self.out(mixed.view(x.shape[0], -1)).view(hidden_states.shape), None
+
+
+class DecoderLayer(nn.Module):
+    """A pre-norm layer whose parts are all native, in one call."""
+
+    def __init__(self, native: NativeLayer) -> None:
+        super().__init__()
+        self.native = native
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **kwargs: Any
+    ) -> torch.Tensor:
+        out = hidden_states.clone(memory_format=torch.contiguous_format)
+        cos, sin = position_embeddings
+        self.native.run_(out[0], cos[0].contiguous(), sin[0].contiguous(), kwargs[NAME])
+        return out
 
 
 @dataclass
@@ -170,6 +189,40 @@ class _Fuser:
                 return None
         return fused
 
+    def layer(self, module: Any, rotary: list[tuple[torch.Tensor, torch.Tensor]]) -> DecoderLayer | None:
+        """For a layer whose parts have been swapped already: the stock forward over native parts is the measure."""
+        attention, mlp = getattr(module, "self_attn", None), getattr(module, "mlp", None)
+        norms: list[Any] = [getattr(module, n, None) for n in ("input_layernorm", "post_attention_layernorm")]
+        if type(attention) is not Attention or type(mlp) is not GatedMLP or any(type(n) is not RMSNorm for n in norms):
+            return None
+        call = attention.call
+        heads = Heads(call.q_heads, call.kv_heads, call.head_dim)
+        parts = LayerWeights(
+            norm=Norm(norms[0].gain, norms[0].eps),
+            qkv=attention.qkv,
+            head_norms=None if attention.norms is None else _head_norms(*attention.norms),
+            out=attention.out,
+            mlp_norm=Norm(norms[1].gain, norms[1].eps),
+            gate_up=mlp.gate_up,
+            down=mlp.down,
+        )
+        index = attention.layer_idx
+        fused = DecoderLayer(NativeLayer(parts, heads, self.dtype, index, call.scale, call.window))
+        tokens = rotary[0][0].shape[1]
+        x = self.sample(1, tokens, attention.qkv.in_features)
+        rows = torch.zeros(index + 1, 2, heads.kv_heads, tokens, heads.head_dim, dtype=self.dtype)
+        plan = AttentionPlan(heads, self.dtype, _native.Workspace())
+        plan.add(tokens, 0, [(rows, tokens)])
+        for cos_sin in rotary:
+            arguments = {"position_embeddings": cos_sin, "attention_mask": None, NAME: plan}
+            if not self.same(lambda: module(x, **arguments), lambda: fused(x, **arguments)):  # noqa: B023
+                return None
+        return fused
+
+
+def _head_norms(q_gain: torch.Tensor, k_gain: torch.Tensor, eps: float) -> tuple[Norm, Norm]:
+    return Norm(q_gain, eps), Norm(k_gain, eps)
+
 
 def _linears(module: nn.Module, *names: str) -> list[nn.Linear]:
     """The named children if all are linear layers we can pack, else nothing."""
@@ -222,6 +275,11 @@ def fuse(model: Any, weights: torch.dtype, calls: list[LayerCall]) -> list[str]:
                 if not isinstance(child, nn.Embedding) and next(child.parameters(recurse=False), None) is not None:
                     left.add(type(child).__name__)
                 visit(child)
+                attention = getattr(child, "self_attn", None)
+                if isinstance(attention, Attention):
+                    kind = layer_types[attention.layer_idx] if layer_types else "full_attention"
+                    if layer := fuser.layer(child, rotary[kind]):
+                        setattr(parent, name, layer)
 
         visit(model)
     return sorted(left)
@@ -231,6 +289,9 @@ def weight_bytes(model: nn.Module) -> int:
     """Bytes of weights that one decode step reads: all but the embedding table (one row of it)."""
     total = 0
     for module in model.modules():
+        if isinstance(module, DecoderLayer):
+            parts = module.native.weights
+            total += sum(p.bytes for p in (parts.qkv, parts.out, parts.gate_up, parts.down))
         for packed in vars(module).values():
             if isinstance(packed, PackedLinear):
                 total += packed.bytes

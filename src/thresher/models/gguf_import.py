@@ -94,5 +94,6 @@ def _convert(path: Path, folder: Path) -> None:
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise ModelError(f"{path} is not a GGUF file that can be converted: {reason}") from error
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with redirect_stderr(io.StringIO()):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
