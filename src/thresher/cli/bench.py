@@ -36,7 +36,7 @@ def decode(
 
         lengths, batches = _numbers("contexts", contexts), _numbers("batch", batch)
         llm, others = _prepare(model, weights, attention, threads, peers, max(lengths) + 16 * rounds + 512)
-        _report(bench_decode(llm, lengths, batches, others, rounds, say), json, "context")
+        _report(bench_decode(llm, lengths, batches, others, rounds, say), json, "tokens")
 
 
 @bench.command()
@@ -59,7 +59,7 @@ def prefill(
 
         counts = _numbers("lengths", lengths)
         llm, others = _prepare(model, weights, "dense", threads, peers, max(counts) + 512)
-        _report(bench_prefill(llm, counts, others, rounds, say), json, "prompt")
+        _report(bench_prefill(llm, counts, others, rounds, say), json, "tokens")
 
 
 def _numbers(name: str, text: str) -> list[int]:
@@ -87,11 +87,15 @@ def _prepare(
 
 
 def _report(results: Iterator[tuple[Any, Any]], json: Path | None, length: str) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     rows = list(results)
-    table = Table("engine", length, "batch", "median ms", "min ms", "tokens/s", "MB read", "GB/s", "floor ratio")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("engine", no_wrap=True)
+    for name in (length, "batch", "ms", "min ms", "tokens/s", "MB", "GB/s", "x floor"):
+        table.add_column(name, justify="right", no_wrap=True)
     for timing, machine in rows:
         table.add_row(
             timing.engine,
@@ -106,4 +110,5 @@ def _report(results: Iterator[tuple[Any, Any]], json: Path | None, length: str) 
         )
     if str(json) != "-":
         Console().print(table)
+        say("ms: median of one pass; MB: read by it; GB/s: measured read bandwidth; x floor: time / time it must take")
     write_json(json, [asdict(timing) | {"machine": asdict(machine)} for timing, machine in rows])
