@@ -92,9 +92,9 @@ def _report(results: Iterator[tuple[Any, Any]], json: Path | None, length: str) 
     from rich.table import Table
 
     rows = list(results)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("engine", no_wrap=True)
-    for name in (length, "batch", "ms", "min ms", "tokens/s", "MB", "GB/s", "x floor"):
+    for name in (length, "batch", "ms", "min", "tok/s", "MB", "GB/s", "floor"):
         table.add_column(name, justify="right", no_wrap=True)
     for timing, machine in rows:
         table.add_row(
@@ -110,5 +110,5 @@ def _report(results: Iterator[tuple[Any, Any]], json: Path | None, length: str) 
         )
     if str(json) != "-":
         Console().print(table)
-        say("ms: median of one pass; MB: read by it; GB/s: measured read bandwidth; x floor: time / time it must take")
+        say("ms: median of one pass; MB: read by it; GB/s: measured read bandwidth; floor: ms / what it must take")
     write_json(json, [asdict(timing) | {"machine": asdict(machine)} for timing, machine in rows])

@@ -79,9 +79,7 @@ class Transformers:
 
     def prefill(self, token_ids: Sequence[int]) -> None:
         self._cache = preallocated_cache(self._model.config, len(token_ids) + 256)
-        # In pieces: a mask for the whole prompt at once would not fit into the caches.
-        for begin in range(0, len(token_ids), 512):
-            self._forward(token_ids[begin : begin + 512])
+        self._forward(token_ids)  # at once: the fastest here, as its attention then needs no mask
 
     def adopt(self, sequence: KVSequence) -> None:
         self._cache = preallocated_cache(self._model.config, sequence.length + 256)
