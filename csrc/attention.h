@@ -16,130 +16,7 @@ struct Scratch {
   const char *key_rows[split], *value_rows[split];
 };
 
-inline int64_t padded(int64_t n) { return (n + panel - 1) / panel * panel; }
 inline float infinity() { return __builtin_inff(); }
-
-#if defined(__AVX512F__)
-// 16 rows of 16 packs, transposed: the columns become rows of 32 packs' stride.
-ALWAYS_INLINE void transpose16(const char* const* rows, int64_t byte_offset, uint32_t* out) {
-  __m512i r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows[i] + byte_offset);
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; ++i) {
-    _mm512_storeu_si512(out + (i)*panel, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-    _mm512_storeu_si512(out + (i + 4) * panel, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
-    _mm512_storeu_si512(out + (i + 8) * panel, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
-    _mm512_storeu_si512(out + (i + 12) * panel, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
-  }
-}
-#endif
-
-// Packing is where memory is waited for, and its order of reads is not one that processors foresee: ask for what lies
-// some rows further on. Rows mostly follow each other; past the end of a run this asks in vain and does no harm.
-constexpr int64_t prefetch_distance = 8192;
-inline void prefetch(const char* from, int64_t bytes) {
-  const char* end = from + bytes;
-  for (; from < end; from += 256) {
-    __builtin_prefetch(from);
-    __builtin_prefetch(from + 64);
-    __builtin_prefetch(from + 128);
-    __builtin_prefetch(from + 192);
-  }
-}
-
-// Keys become the right-hand side of S = Q K^T: panels of 32 keys, step by step. Missing rows are zero.
-ALWAYS_INLINE void pack_keys(const char* const* rows, int count, int64_t steps, uint32_t* out) {
-  for (int base = 0; base < count; base += panel) {
-    uint32_t* to = out + base * steps;
-    for (int half = 0; half < panel; half += 16) {
-      const int begin = base + half, present = count - begin < 16 ? count - begin : 16;
-      if (present > 0) prefetch(rows[begin] + prefetch_distance, present * steps * 4);
-      int64_t s = 0;
-#if defined(__AVX512F__)
-      if (present == 16)
-        for (; s + 16 <= steps; s += 16) transpose16(rows + begin, s * 4, to + s * panel + half);
-#endif
-      for (int i = 0; i < 16; ++i)
-        for (int64_t j = s; j < steps; ++j) {
-          uint32_t x = 0;
-          if (i < present) __builtin_memcpy(&x, rows[begin + i] + j * 4, 4);
-          to[j * panel + half + i] = x;
-        }
-    }
-  }
-}
-
-// out[j] = (first[j], second[j]) for 32 columns; missing ones and a missing second are zero.
-ALWAYS_INLINE void zip_rows(const uint16_t* first, const uint16_t* second, int columns, uint16_t* out) {
-  if (columns < panel || !second) {
-    for (int j = 0; j < panel; ++j) {
-      out[2 * j] = j < columns ? first[j] : uint16_t(0);
-      out[2 * j + 1] = j < columns && second ? second[j] : uint16_t(0);
-    }
-    return;
-  }
-#if defined(__AVX512BW__)
-  alignas(64) static constexpr uint16_t zip[2][32] = {
-      {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
-      {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
-       24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
-  const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
-  _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, _mm512_load_si512(zip[0]), b));
-  _mm512_storeu_si512(out + panel, _mm512_permutex2var_epi16(a, _mm512_load_si512(zip[1]), b));
-#else
-  for (int j = 0; j < panel; j += W) {
-    vu low = __builtin_convertvector(load<vh>(first + j), vu), high = __builtin_convertvector(load<vh>(second + j), vu);
-    store(out + 2 * j, low | (high << 16));
-  }
-#endif
-}
-
-// Values become the right-hand side of P V: panels of 32 head dimensions, keys (bf16: pairs of keys) step by step.
-// Meanwhile the keys of the next split are asked for, which most often lie behind those of this one.
-ALWAYS_INLINE void pack_values(F32, const char* const* rows, const char* const* keys, int count, int64_t head_dim, float* out) {
-  for (int i = 0; i < count; ++i) {
-    prefetch(rows[i] + prefetch_distance, head_dim * 4);
-    prefetch(keys[i] + split * head_dim * 4, head_dim * 4);
-    for (int64_t d = 0; d < head_dim; d += panel) {
-      const int columns = int(head_dim - d < panel ? head_dim - d : panel);
-      float* to = out + d * split + i * panel;
-      __builtin_memcpy(to, rows[i] + d * 4, columns * 4);
-      for (int j = columns; j < panel; ++j) to[j] = 0;
-    }
-  }
-}
-ALWAYS_INLINE void pack_values(BF16, const char* const* rows, const char* const* keys, int count, int64_t head_dim,
-                        uint16_t* out) {
-  for (int i = 0; i < count; i += 2) {
-    prefetch(rows[i] + prefetch_distance, head_dim * 4);  // of two rows
-    prefetch(keys[i] + split * head_dim * 2, head_dim * 4);
-    const uint16_t* first = (const uint16_t*)rows[i];
-    const uint16_t* second = i + 1 < count ? (const uint16_t*)rows[i + 1] : nullptr;
-    int64_t d = 0;
-    if (second)
-      for (; d + panel <= head_dim; d += panel) zip_rows(first + d, second + d, panel, out + d * split + i * panel);
-    for (; d < head_dim; d += panel) {
-      const int columns = int(head_dim - d < panel ? head_dim - d : panel);
-      zip_rows(first + d, second ? second + d : nullptr, columns, out + d * split + i * panel);
-    }
-  }
-}
 
 // The keys of [begin, end) that query position q may see, as offsets from begin: [low, high) and the sinks [sink_low, sink_high).
 struct Visible {
@@ -151,6 +28,48 @@ inline Visible visible(int64_t q, int64_t begin, int64_t end, int64_t layer_wind
   const int64_t recent = window > 0 && q - window + 1 > reach ? q - window + 1 : reach;
   return {clip(recent - begin, n), clip(q + 1 - begin, n), clip(reach - begin, n),
           window > 0 ? clip((sinks < q + 1 ? sinks : q + 1) - begin, n) : 0};
+}
+
+// acc[rows, head_dim] = P V for a few rows that fit into registers: values are used as they lie, and nothing is packed.
+// The sums run in the order of tile(), so the bits are the same.
+template <class E, int D, int R>
+void weigh_rows(const typename E::Value* weights, const char* const* values, const char* const* keys, int count,
+                float* acc, int64_t acc_stride) {
+  typedef typename E::Value Value;
+  constexpr int vectors = D / W;
+  alignas(64) static constexpr Value zeros[D] = {};
+  vf sums[R][vectors] = {};
+  for (int k = 0; k < count; k += E::pack) {
+    prefetch(values[k] + prefetch_distance, E::pack * D * sizeof(Value));
+    prefetch(keys[k] + split * D * sizeof(Value), E::pack * D * sizeof(Value));
+    const Value* first = (const Value*)values[k];
+    const Value* second = k + 1 < count ? (const Value*)values[k + 1] : zeros;
+    typename E::B rows[vectors];
+    for (int d = 0; d < D; d += panel) E::zip(first + d, second + d, rows + d / W);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      uint32_t x;
+      __builtin_memcpy(&x, weights + r * split + k, 4);
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) sums[r][v] = E::dp(sums[r][v], x, rows[v]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < vectors; ++v) store(acc + r * acc_stride + v * W, sums[r][v]);
+}
+
+// False if so many rows do not fit.
+template <class E, int D, int R = D ? 24 * W / (D ? D : 1) : 0>
+bool weigh_few_rows(int rows, const typename E::Value* weights, const Scratch& s, int count, float* acc,
+                    int64_t acc_stride) {
+  if constexpr (R < 1 || W < 16) {
+    return false;
+  } else {
+    if (rows > R) return false;
+    if (rows < R) return weigh_few_rows<E, D, R - 1>(rows, weights, s, count, acc, acc_stride);
+    weigh_rows<E, D, R>(weights, s.value_rows, s.key_rows, count, acc, acc_stride);
+    return true;
+  }
 }
 
 // D: the head dimension if it is known to the compiler, else 0.
@@ -196,6 +115,7 @@ void attend_tile(const Attention& args, Scratch& s, int rows, const typename E::
     }
     row_sum[r] = sum(total);
   }
+  if (only && weigh_few_rows<E, D>(rows, weights, s, keys, acc, wide)) return;
   for (int k = 0; k < keys; k += chunk) {
     const int n = keys - k < chunk ? keys - k : chunk;
     Value* packed = (Value*)s.values + (only ? 0 : k * panel);

@@ -17,6 +17,7 @@ namespace thresher {
 namespace {
 #include "simd.h"
 #include "linear.h"
+#include "pack.h"
 #include "attention.h"
 #include "elementwise.h"
 }  // namespace

@@ -87,12 +87,23 @@ inline float max(vf x) {
 // ---- packs -------------------------------------------------------------------------------------------------------
 // An element type says how a step of a packed panel (W packs) is loaded and multiplied with one broadcast pack of x.
 
+#if defined(__AVX512BW__)
+// Orders for vpermt2w that interleave two rows of 16-bit values.
+alignas(64) constexpr uint16_t zip_low[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                              8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+alignas(64) constexpr uint16_t zip_high[32] = {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+                                               24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+#endif
+
 struct F32 {
   typedef float Value;   // of x
   typedef float Weight;  // of the packed panel
   static constexpr int pack = 1;
   typedef vf B;
   static B load_b(const Weight* p) { return load<vf>(p); }
+  static void zip(const Value* first, const Value*, B* out) {  // 32 columns of a row as a step
+    for (int j = 0; j < panel / W; ++j) out[j] = load<vf>(first + j * W);
+  }
   static vf dp(vf acc, uint32_t a, B b) { return acc + as_float(splat_bits(a)) * b; }
   static float get(const Value* p) { return *p; }
   static void put(Value* p, float x) { *p = x; }
@@ -113,6 +124,11 @@ struct BF16 {
 #if defined(__AVX512BF16__)
   typedef __m512bh B;
   static B load_b(const Weight* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static void zip(const Value* first, const Value* second, B* out) {  // 32 columns of two rows as a step
+    const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+    out[0] = (__m512bh)_mm512_permutex2var_epi16(a, _mm512_load_si512(zip_low), b);
+    out[1] = (__m512bh)_mm512_permutex2var_epi16(a, _mm512_load_si512(zip_high), b);
+  }
   static vf dp(vf acc, uint32_t a, B b) {
     return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(int(a)), b);
   }
@@ -123,6 +139,9 @@ struct BF16 {
   static B load_b(const Weight* p) {
     vu packed = load<vu>(p);
     return {as_float(packed << 16), as_float(packed & 0xffff0000u)};
+  }
+  static void zip(const Value* first, const Value* second, B* out) {
+    for (int j = 0; j < panel / W; ++j) out[j] = {load_bf16(first + j * W), load_bf16(second + j * W)};
   }
   static vf dp(vf acc, uint32_t a, B b) {
     acc += as_float(splat_bits(a << 16)) * b.low;
