@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 import xxhash
@@ -144,6 +145,25 @@ def test_any_cut_is_found(whole, tmp_path, share):
     (tmp_path / "y.kv").write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(KVFileError):
         kv.open_kv(tmp_path / "y.kv", verify=False)
+
+
+def test_a_file_larger_than_memory(tmp_path):
+    """A sparse file of twice the machine's memory is mapped, and its rows can be read."""
+    wide = KVLayout(layers=1024, kv_heads=64, head_dim=128, dtype=torch.bfloat16)
+    length = 2 * psutil.virtual_memory().total // wide.bytes_per_token
+    described = KVFileInfo(IDENTITY, wide, length, "bf16", "plain", None)
+    where = kv.offsets(described, kv.header_size(described))
+    with (tmp_path / "x.kv").open("wb") as file:
+        file.write(encode_header(described, [0] * described.blocks))
+        file.truncate(where.end)
+        file.seek(where.end - 2)
+        file.write(b"\x80\x3f")  # 1.0, the last value
+    opened, _ = kv.open_kv(tmp_path / "x.kv", verify=False)
+    assert opened.length == length
+    data, used = opened.segments()[0]
+    assert used == length
+    assert data[-1, 1, -1, -1, -1] == 1
+    assert data[0, 0, 0, 0, 0] == 0
 
 
 def test_something_appended_is_found(whole, tmp_path):

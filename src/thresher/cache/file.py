@@ -32,6 +32,8 @@ from thresher.cache.format import (
 from thresher.cache.sequence import KVLayout, KVSequence, Segment
 from thresher.errors import KVFileBusyError, KVFileDamagedError, KVFileError, KVFileMismatchError, StorageError
 
+_MAP_NORESERVE = 0x4000  # of Linux; Python's mmap module does not name it
+
 Progress = Callable[[int, int], None]
 
 
@@ -58,8 +60,11 @@ def open_kv(
         info, checksums, where = decode_header(file, path, os.fstat(file.fileno()).st_size)
         _check_identity(path, info, expect, layout)
         try:
-            # Copy on write: torch wants writable memory, and no write may ever reach the file.
-            memory = mmap.mmap(file.fileno(), where.end, access=mmap.ACCESS_COPY)
+            # Copy on write, as torch wants writable memory and no write may ever reach the file; without a reservation,
+            # as the file may be larger than memory.
+            memory = mmap.mmap(
+                file.fileno(), where.end, mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+            )
         except OSError as error:
             raise KVFileError(f"{path}: cannot be mapped: {error.strerror}") from error
     token_ids = np.frombuffer(memory, dtype="<i4", count=info.length, offset=where.tokens)

@@ -97,13 +97,14 @@ def _report(results: Iterator[tuple[Any, Any]], json: Path | None, length: str) 
     for name in (length, "batch", "ms", "min", "tok/s", "MB", "GB/s", "floor"):
         table.add_column(name, justify="right", no_wrap=True)
     for timing, machine in rows:
+        digits = 2 if timing.median_ms < 1000 else 0
         table.add_row(
             timing.engine,
             str(timing.context),
             str(timing.batch),
-            f"{timing.median_ms:.2f}",
-            f"{timing.min_ms:.2f}",
-            f"{timing.tokens_per_second:.1f}",
+            f"{timing.median_ms:.{digits}f}",
+            f"{timing.min_ms:.{digits}f}",
+            f"{timing.tokens_per_second:.0f}",
             f"{timing.bytes / 1e6:.0f}",
             f"{machine.read / 1e9:.1f}",
             f"{timing.floor_ratio:.2f}",

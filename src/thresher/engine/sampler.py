@@ -72,12 +72,12 @@ def _penalized(
     logits: torch.Tensor, params: SamplingParams, seen: Collection[int], generated: Collection[int]
 ) -> torch.Tensor:
     if params.repetition_penalty != 1 and seen:
-        index = torch.tensor(sorted(set(seen)))
+        index = torch.tensor(list(set(seen)))
         picked = logits[index]
         penalty = params.repetition_penalty
         logits = logits.index_put((index,), torch.where(picked < 0, picked * penalty, picked / penalty))
     if params.presence_penalty and generated:
-        index = torch.tensor(sorted(set(generated)))
+        index = torch.tensor(list(set(generated)))
         logits = logits.index_put((index,), logits[index] - params.presence_penalty)
     return logits
 

@@ -61,6 +61,7 @@ class _Sample:
     limit: int
     pending: int = -1  # chosen, not yet in the cache
     generated: list[int] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)  # what a repetition penalty looks at
 
 
 @dataclass(eq=False)
@@ -183,17 +184,17 @@ class Scheduler:
                 sequence = sequence.fork()
                 sequence.reserve(max(prefill.limit - 1, 1), exact=True)
             stream = TextStream(self._runner.model.tokenizer, params.stop)
-            samples.append(_Sample(request, i, sequence, stream, random_stream(params.seed, i), prefill.limit))
+            rng = random_stream(params.seed, i)
+            seen = set(sequence.token_ids) if params.repetition_penalty != 1 else set()
+            samples.append(_Sample(request, i, sequence, stream, rng, prefill.limit, seen=seen))
         self._samples += samples
         return samples
 
     def _choose(self, sample: _Sample, logits: torch.Tensor) -> Event:
         params = sample.request.params
-        seen: Sequence[int] = ()
-        if params.repetition_penalty != 1:
-            seen = [*sample.sequence.token_ids, *sample.generated[-1:]]
-        choice = next_token(logits, params, seen, sample.generated, sample.rng)
+        choice = next_token(logits, params, sample.seen, sample.generated, sample.rng)
         sample.generated.append(choice.token)
+        sample.seen.add(choice.token)
         sample.pending = choice.token
         ended = choice.token in params.stop_token_ids or (
             not params.ignore_eos and choice.token in self._runner.model.eos_token_ids

@@ -180,6 +180,8 @@ class _Fuser:
             q_norm, k_norm = self.norm(module.q_norm), self.norm(module.k_norm)
             if not q_norm or not k_norm or q_norm.eps != k_norm.eps:
                 return None
+            if not q_norm.gain.numel() == k_norm.gain.numel() == self.calls[layer].head_dim:
+                return None  # a norm over all heads together
             norms = (q_norm.gain, k_norm.gain, q_norm.eps)
         fused = Attention(layer, self.calls[layer], self.pack(*qkv), self.pack(*out), norms)
         x = self.sample(1, rotary[0][0].shape[1], qkv[0].in_features)
@@ -209,7 +211,8 @@ class _Fuser:
         index = attention.layer_idx
         fused = DecoderLayer(NativeLayer(parts, heads, self.dtype, index, call.scale, call.window))
         tokens = rotary[0][0].shape[1]
-        x = self.sample(1, tokens, attention.qkv.in_features)
+        # Small, so that what a layer adds is not lost beside what it is added to: norms make that the same size.
+        x = 0.03 * self.sample(1, tokens, attention.qkv.in_features)
         rows = torch.zeros(index + 1, 2, heads.kv_heads, tokens, heads.head_dim, dtype=self.dtype)
         plan = AttentionPlan(heads, self.dtype, _native.Workspace())
         plan.add(tokens, 0, [(rows, tokens)])
