@@ -90,6 +90,12 @@ def test_ask(kv, tiny_folder, tmp_path):
     assert "first token" in done.stderr
 
 
+def test_ask_takes_the_weights_of_the_file(book, tiny_folder, tmp_path):
+    model = ("--model", tiny_folder)
+    assert run("read", book, "-o", tmp_path / "x.kv", "--weights", "float32", *model).returncode == 0
+    assert run("ask", tmp_path / "x.kv", "Who?", "--max-new-tokens", 2, *model).returncode == 0
+
+
 def test_bad_input(kv, book, tiny_folder, tmp_path):
     model = ("--model", tiny_folder)
     fails(2, "give a prompt", "generate", *model)

@@ -56,17 +56,25 @@ def test_encoder_decoder():
         prepare(t.T5ForConditionalGeneration(config).eval(), byte_tokenizer(), "t5", "float32")
 
 
-def test_unknown_request_of_attention():
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        ({"position_bias": torch.zeros(1)}, "position bias"),
+        ({"is_causal": False}, "both directions"),
+        ({"novel": 1}, "novel"),
+    ],
+)
+def test_unknown_request_of_attention(request_, words):
     module = tiny_module("llama")
     attention = module.model.layers[2].self_attn
     stock = type(attention).forward
 
     class Asking(type(attention)):
         def forward(self, *args, **kwargs):
-            return stock(self, *args, position_bias=torch.zeros(1), **kwargs)
+            return stock(self, *args, **request_, **kwargs)
 
     attention.__class__ = Asking
-    with pytest.raises(UnsupportedModelError, match="position bias"):
+    with pytest.raises(UnsupportedModelError, match=words):
         prepare(module, byte_tokenizer(), "asking", "float32")
 
 

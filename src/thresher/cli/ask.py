@@ -27,7 +27,9 @@ def ask(
     n: o.N = 1,
     ignore_eos: o.IgnoreEos = False,
     model: o.Model = "smollm2-135m-instruct",
-    weights: o.Weights = "bf16",
+    weights: Annotated[
+        str | None, typer.Option(help="Number format of the weights. Default: that the file was made with.")
+    ] = None,
     attention: o.Attention = "dense",
     kv_budget: o.KVBudget = None,
     threads: o.Threads = None,
@@ -44,7 +46,7 @@ def ask(
         from thresher.cache.file import inspect
         from thresher.engine.sampling import SamplingParams
 
-        inspect(file)  # a wrong file is told before the model is loaded
+        made = inspect(file)  # a wrong file is told before the model is loaded
         params = SamplingParams(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -59,7 +61,9 @@ def ask(
             n=n,
             ignore_eos=ignore_eos,
         )
-        chosen = o.ModelOptions(model, weights, attention, kv_budget, threads, allow_extrapolation, trust_remote_code)
+        chosen = o.ModelOptions(
+            model, weights or made.weights, attention, kv_budget, threads, allow_extrapolation, trust_remote_code
+        )
         llm = chosen.load()
         begin = time.perf_counter()
         with progress_bar(f"checking {file}") as bar:

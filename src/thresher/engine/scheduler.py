@@ -69,7 +69,6 @@ class _Prefill:
     request: Request
     sequence: KVSequence
     limit: int
-    rows: int  # of the budget
     done: int = 0
 
 
@@ -172,7 +171,7 @@ class Scheduler:
             # Memory that is reserved but not written costs nothing, so take what may be needed in one piece.
             sequence.reserve(len(request.token_ids) + (limit - 1 if params.n == 1 else 0), exact=True)
             self._held[request.index] = (rows, params.n)
-            self._prefills.append(_Prefill(request, sequence, limit, rows))
+            self._prefills.append(_Prefill(request, sequence, limit))
         return events
 
     def _start_samples(self, prefill: _Prefill) -> list[_Sample]:

@@ -15,7 +15,6 @@ NAME = "thresher"
 _HARMLESS = {
     NAME,
     "cache_position",
-    "is_causal",
     "output_attentions",
     "output_hidden_states",
     "output_router_logits",
@@ -23,7 +22,12 @@ _HARMLESS = {
     "sliding_window",
     "use_cache",
 }
-_NAMED = {"softcap": "soft-capped logits", "s_aux": "attention sinks", "position_bias": "a position bias"}
+_NAMED = {
+    "is_causal": "both directions",
+    "position_bias": "a position bias",
+    "s_aux": "attention sinks",
+    "softcap": "soft-capped logits",
+}
 
 
 class Attend(Protocol):
@@ -50,7 +54,7 @@ def attention_function(
     The plan of the batch arrives as the keyword argument `thresher`, handed through `model.forward`.
     """
     for name, given in kwargs.items():
-        if name not in _HARMLESS and given is not None:
+        if name not in _HARMLESS and given is not None and not (name == "is_causal" and given):
             what = _NAMED.get(name, repr(name))
             raise UnsupportedModelError(
                 f"{type(module).__name__} asks attention for {what}: Thresher does not compute it"
