@@ -4,6 +4,8 @@
 // depend on chunks, batches, forks or files. Included inside the namespace of one instruction set.
 #pragma once
 
+constexpr int gather_ahead = 64;  // row addresses behind the last one, for prefetching
+
 struct Scratch {
   uint32_t* keys;   // packed [split / 32][steps][32] packs
   void* values;     // packed [ceil(head_dim / 32)][split / pack][32] packs
@@ -13,8 +15,19 @@ struct Scratch {
   float* acc;       // fold: [rows, head_dim]
   float *max, *sum; // fold: [rows]
   float* partial;   // [tile_rows, padded head_dim]
-  const char *key_rows[split], *value_rows[split];
+  uint8_t* hits;         // [candidates of a block]: tables
+  void* values_left;     // [ranked] of 32 bits: what may be among the best
+  uint64_t* unit_marks;  // [ranked / 64]
+  float* removed;        // [clusters, 2, head_dim]: what is read of each cluster
+  float* cluster_scores; // [clusters, group]
+  int32_t* removed_counts;
+  float* slack;          // [tile_rows, split]: 1 - inclusion probability
+  float* doubts;         // [group, head_dim + 2]
+  float* kept;           // [group, head_dim + 2]
+  const char *key_rows[split + gather_ahead], *value_rows[split + gather_ahead];
 };
+
+inline int64_t padded_ranks(int64_t n) { return (n + 63) / 64 * 64; }
 
 inline float infinity() { return __builtin_inff(); }
 
@@ -32,7 +45,7 @@ inline Visible visible(int64_t q, int64_t begin, int64_t end, int64_t layer_wind
 
 // acc[rows, head_dim] = P V for a few rows that fit into registers: values are used as they lie, and nothing is packed.
 // The sums run in the order of tile(), so the bits are the same.
-template <class E, int D, int R>
+template <class E, int D, bool Gathered, int R>
 void weigh_rows(const typename E::Value* weights, const char* const* values, const char* const* keys, int count,
                 float* acc, int64_t acc_stride) {
   typedef typename E::Value Value;
@@ -40,8 +53,12 @@ void weigh_rows(const typename E::Value* weights, const char* const* values, con
   alignas(64) static constexpr Value zeros[D] = {};
   vf sums[R][vectors] = {};
   for (int k = 0; k < count; k += E::pack) {
-    prefetch(values[k] + prefetch_distance, E::pack * D * sizeof(Value));
-    prefetch(keys[k] + split * D * sizeof(Value), E::pack * D * sizeof(Value));
+    if (Gathered) {
+      for (int i = 0; i < E::pack; ++i) prefetch(values[k + i + 16], D * sizeof(Value));
+    } else {
+      prefetch(values[k] + prefetch_distance, E::pack * D * sizeof(Value));
+      prefetch(keys[k] + split * D * sizeof(Value), E::pack * D * sizeof(Value));
+    }
     const Value* first = (const Value*)values[k];
     const Value* second = k + 1 < count ? (const Value*)values[k + 1] : zeros;
     typename E::B rows[vectors];
@@ -59,15 +76,15 @@ void weigh_rows(const typename E::Value* weights, const char* const* values, con
 }
 
 // False if so many rows do not fit.
-template <class E, int D, int R = D ? 24 * W / (D ? D : 1) : 0>
+template <class E, int D, bool Gathered, int R = D ? 24 * W / (D ? D : 1) : 0>
 bool weigh_few_rows(int rows, const typename E::Value* weights, const Scratch& s, int count, float* acc,
                     int64_t acc_stride) {
   if constexpr (R < 1 || W < 16) {
     return false;
   } else {
     if (rows > R) return false;
-    if (rows < R) return weigh_few_rows<E, D, R - 1>(rows, weights, s, count, acc, acc_stride);
-    weigh_rows<E, D, R>(weights, s.value_rows, s.key_rows, count, acc, acc_stride);
+    if (rows < R) return weigh_few_rows<E, D, Gathered, R - 1>(rows, weights, s, count, acc, acc_stride);
+    weigh_rows<E, D, Gathered, R>(weights, s.value_rows, s.key_rows, count, acc, acc_stride);
     return true;
   }
 }
@@ -77,19 +94,24 @@ bool weigh_few_rows(int rows, const typename E::Value* weights, const Scratch& s
 // One tile of rows against one split: writes max, sum and acc[rows, padded head_dim] (not normalised). The first tile
 // packs keys and values as it goes: memory is asked for while the rows that have come are computed. The only tile need
 // not keep what it packed, and stays in the nearest cache.
-template <class E, int D>
+//
+// Gathered: rows lie anywhere. `adjust(scores)` may change the products before they become weights.
+template <class E, int D, bool Gathered = false, class Adjust>
 void attend_tile(const Attention& args, Scratch& s, int rows, const typename E::Value* q, const Visible* see, int keys,
-                 bool first, bool only, float* row_max, float* row_sum, float* acc) {
+                 bool first, bool only, float* row_max, float* row_sum, float* acc, Adjust adjust) {
   typedef typename E::Value Value;
   const int64_t dim = D ? D : args.head_dim, wide = padded(dim), steps = dim / E::pack;
   const int key_end = int(padded(keys)), chunk = first ? 2 * panel : split;
   for (int k = 0; k < keys; k += chunk) {
     const int n = keys - k < chunk ? keys - k : chunk;
     uint32_t* packed = s.keys + (only ? 0 : k * steps);
-    if (first) pack_keys(s.key_rows + k, n, steps, packed);
+    if (first) pack_keys<Gathered>(s.key_rows + k, n, steps, packed);
+    if (Gathered && first)
+      for (int i = 0; i < n; ++i) prefetch(s.value_rows[k + i], dim * sizeof(Value));
     tiles<E>(rows, q, dim, (const Value*)packed, steps * panel * E::pack, int(padded(n)) / panel, steps,
              s.scores + k, split);
   }
+  adjust(s.scores);
   const float scale = args.scale * 1.4426950408889634f;
   Value* weights = (Value*)s.weights;
   for (int r = 0; r < rows; ++r) {
@@ -115,11 +137,11 @@ void attend_tile(const Attention& args, Scratch& s, int rows, const typename E::
     }
     row_sum[r] = sum(total);
   }
-  if (only && weigh_few_rows<E, D>(rows, weights, s, keys, acc, wide)) return;
+  if (only && weigh_few_rows<E, D, Gathered>(rows, weights, s, keys, acc, wide)) return;
   for (int k = 0; k < keys; k += chunk) {
     const int n = keys - k < chunk ? keys - k : chunk;
     Value* packed = (Value*)s.values + (only ? 0 : k * panel);
-    if (first) pack_values(E(), s.value_rows + k, s.key_rows + k, n, dim, packed);
+    if (first) pack_values<Gathered>(E(), s.value_rows + k, s.key_rows + k, n, dim, packed);
     tiles<E>(rows, weights + k, split, packed, panel * split, int(wide / panel),
              (n + E::pack - 1) / E::pack, acc, wide, k > 0);
   }
@@ -234,7 +256,8 @@ void attend_item(const Attention& args, const Item& item, Scratch& s) {
         slot[r] = slots.begin + (t * args.q_heads + head) * slots.count + part - (part < slots.sink_splits ? 0 : slots.gap);
         ++in_span;
       }
-      attend_tile<E, D>(args, s, count, queries + done * dim, see, keys, done == 0, rows <= tile_rows, top, total_weight, s.partial);
+      attend_tile<E, D>(args, s, count, queries + done * dim, see, keys, done == 0, rows <= tile_rows, top, total_weight, s.partial,
+                        [](float*) {});
       for (int r = 0; r < count; ++r) {
         if (item.fold) {
           fold(s.max[done + r], s.sum[done + r], s.acc + (done + r) * dim, top[r], total_weight[r],
@@ -273,6 +296,9 @@ void append_token(const Attention& args, const Sequence& seq, int64_t t) {
   }
 }
 
+#include "choose.h"
+#include "gather.h"
+
 template <class E>
 void merge_row(const Attention& args, int32_t sequence, int64_t row, float* acc) {
   const int64_t dim = args.head_dim, count = args.slots[sequence].count;
@@ -280,59 +306,124 @@ void merge_row(const Attention& args, int32_t sequence, int64_t row, float* acc)
   float m = -infinity(), l = 0;
   __builtin_memset(acc, 0, dim * sizeof(float));
   for (int64_t i = 0; i < count; ++i, parts += dim + 2) fold(m, l, acc, parts[0], parts[1], parts + 2, dim);
-  const int64_t token = args.sequences[sequence].query_row + row / args.q_heads;
+  const Sequence& seq = args.sequences[sequence];
+  if (args.doubts && seq.sparse && seq.sparse->method->certify > 0 && seq.sparse->slots[args.layer] >= 0) {
+    const int64_t first = args.slots[sequence].begin + row * count;
+    const float error = relative_error(args.partials + first * (dim + 2), args.doubts + first * (dim + 2), count, dim, m, l, acc);
+    const bool uncertain = !(error <= seq.sparse->method->certify);
+    args.escalated[sequence * args.q_heads + row] = uncertain;
+    __atomic_fetch_add(&seq.sparse->counters->checked, 1, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&seq.sparse->counters->escalated, int64_t(uncertain), __ATOMIC_RELAXED);
+  }
+  const int64_t token = seq.query_row + row / args.q_heads;
   write_row<E>((typename E::Value*)args.out + (token * args.q_heads + row % args.q_heads) * dim, acc, l, dim);
 }
 
-constexpr int scratch_parts = 9;
+// Carves aligned arrays out of memory; with none, only counts bytes.
+struct Carver {
+  char* at;
+  int64_t bytes = 0;
+  template <class T>
+  void take(T*& part, int64_t size) {
+    part = (T*)(at ? at + bytes : nullptr);
+    bytes += (size + 63) / 64 * 64;
+  }
+};
 
-// Bytes of each part of Scratch, in the order of its members, and of all of them.
-inline int64_t scratch_sizes(const Attention& args, int64_t* sizes) {
+// The working memory of one thread; returns its bytes.
+inline int64_t carve(const Attention& args, char* memory, Scratch& s) {
   const int64_t dim = args.head_dim, wide = padded(dim), value = args.type == Type::f32 ? 4 : 2;
-  int64_t rows = 0;
+  const int64_t group = args.q_heads / args.kv_heads;
+  int64_t rows = group, row_dim = dim, block = 0, ranked = 0, clusters = 0;
   for (int64_t i = 0; i < args.item_count; ++i) {
     const int64_t n = item_rows(args, args.items[i]);
     rows = n > rows ? n : rows;
   }
-  const int64_t need[scratch_parts] = {split * dim * value,   split * wide * value, rows * dim * value,
-                                       tile_rows * split * 4, tile_rows * split * 4, rows * dim * 4,
-                                       rows * 4,              rows * 4,              tile_rows * wide * 4};
-  int64_t bytes = 0;
-  for (int i = 0; i < scratch_parts; ++i) bytes += sizes[i] = (need[i] + 63) / 64 * 64;
-  return bytes;
+  bool sparse = false;
+  for (int32_t i = 0; i < args.sequence_count; ++i) {
+    const Sparse* p = args.sequences[i].sparse;
+    if (!p) continue;
+    sparse = true;
+    row_dim = p->method->row_dim > row_dim ? p->method->row_dim : row_dim;
+    ranked = p->ranked > ranked ? p->ranked : ranked;
+    clusters = p->most_clusters > clusters ? p->most_clusters : clusters;
+    for (int32_t j = 0; j < p->block_count; ++j) {
+      const int64_t n = p->blocks[j].end - p->blocks[j].begin;
+      block = n > block ? n : block;
+    }
+  }
+  Carver c{memory};
+  c.take(s.keys, split * row_dim * value);
+  c.take(s.values, split * wide * value);
+  c.take(s.queries, rows * row_dim * value);
+  c.take(s.scores, tile_rows * split * 4);
+  c.take(s.weights, tile_rows * split * 4);
+  c.take(s.acc, rows * dim * 4);
+  c.take(s.max, rows * 4);
+  c.take(s.sum, rows * 4);
+  c.take(s.partial, tile_rows * wide * 4);
+  if (!sparse) return c.bytes;
+  c.take(s.hits, block + 64);
+  c.take(s.values_left, (padded_ranks(ranked) + clusters + 64) * 4);
+  c.take(s.unit_marks, padded_ranks(ranked) / 8 + 64);
+  c.take(s.removed, clusters * 2 * dim * 4);
+  c.take(s.cluster_scores, clusters * group * 4);
+  c.take(s.removed_counts, clusters * 4);
+  c.take(s.slack, tile_rows * split * 4);
+  c.take(s.doubts, group * (dim + 2) * 4);
+  c.take(s.kept, group * (dim + 2) * 4);
+  return c.bytes;
 }
 
 int64_t scratch_bytes(const Attention& args) {
-  int64_t sizes[scratch_parts];
-  return scratch_sizes(args, sizes);
+  Scratch s;
+  return carve(args, nullptr, s);
 }
 
 template <class E, int D>
 void attend_threads(const Attention& args) {
-  int64_t sizes[scratch_parts];
-  const int64_t bytes = scratch_sizes(args, sizes);
 #pragma omp parallel num_threads(args.threads)
   {
+    Scratch s;
+    const int64_t bytes = carve(args, nullptr, s);
+    carve(args, args.scratch + omp_get_thread_num() * bytes, s);
     for (int32_t i = 0; i < args.sequence_count; ++i) {
       const Sequence& seq = args.sequences[i];
 #pragma omp for schedule(static) nowait
       for (int64_t t = 0; t < seq.queries; ++t) append_token<E>(args, seq, t);
     }
-    Scratch s;
-    void** parts[scratch_parts] = {(void**)&s.keys, &s.values,       &s.queries,      (void**)&s.scores, &s.weights,
-                                   (void**)&s.acc,  (void**)&s.max, (void**)&s.sum, (void**)&s.partial};
-    char* at = args.scratch + omp_get_thread_num() * bytes;
-    for (int i = 0; i < scratch_parts; at += sizes[i++]) *parts[i] = at;
+    if (args.prepare_count) {
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t i = 0; i < args.prepare_count; ++i) prepare_item<E>(args, args.prepare_items[i], s);
+    }
 #pragma omp barrier
+    if (args.scan_count) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < args.scan_count; ++i) scan_item<E>(args, args.scan_items[i], s);
+    }
+    if (args.choose_count) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < args.choose_count; ++i) choose_item(args, args.choose_items[i], s);
+    }
     // Folded blocks differ in length; the splits of decode do not, and follow each other in memory.
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t i = 0; i < args.fold_count; ++i) attend_item<E, D>(args, args.items[i], s);
+    if (args.gather_count) {
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t i = 0; i < args.gather_count; ++i) gather_item<E, D>(args, args.gather_items[i], s);
+    }
 #pragma omp for schedule(static)
     for (int64_t i = args.fold_count; i < args.item_count; ++i) attend_item<E, D>(args, args.items[i], s);
     for (int32_t i = 0; i < args.sequence_count; ++i) {
       const int64_t merged = args.slots[i].count ? args.sequences[i].queries * args.q_heads : 0;
 #pragma omp for schedule(static) nowait
       for (int64_t row = 0; row < merged; ++row) merge_row<E>(args, i, row, s.partial);
+    }
+    if (args.escalated) {
+#pragma omp barrier
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < int64_t(args.sequence_count) * args.q_heads; ++i)
+        if (args.escalated[i]) attend_densely<E, D>(args, args.sequences[i / args.q_heads], i % args.q_heads, s);
     }
   }
 }

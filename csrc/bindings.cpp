@@ -78,12 +78,18 @@ void bind_plan(nb::module_& m) {
       .def(
           "add",
           [](Plan& self, int64_t queries, int64_t past, int64_t window, int64_t sinks,
-             const std::vector<std::tuple<uintptr_t, int64_t, int64_t, int64_t>>& runs) {
+             const std::vector<std::tuple<uintptr_t, int64_t, int64_t, int64_t>>& runs, Index* index, int64_t end,
+             int64_t budget) {
             std::vector<Run> list;
-            for (const auto& [base, capacity, start, end] : runs) list.push_back({at<char>(base), capacity, start, end});
-            self.add(queries, past, window, sinks, std::move(list));
-          })
+            for (const auto& [base, capacity, start, last] : runs) list.push_back({at<char>(base), capacity, start, last});
+            self.add(queries, past, window, sinks, std::move(list), index, end, budget);
+          },
+          "queries"_a, "past"_a, "window"_a, "sinks"_a, "runs"_a, "index"_a.none(), "end"_a, "budget"_a)
       .def("rows_read", &Plan::rows_read)
+      .def("capture",
+           [](Plan& self, uintptr_t queries, uintptr_t outputs, uintptr_t dense) {
+             self.capture(at<char>(queries), at<char>(outputs), at<char>(dense));
+           })
       .def(
           "attend",
           [](Plan& self, int layer, uintptr_t q, int64_t q_token, int64_t q_head, uintptr_t k, int64_t k_token,
@@ -105,6 +111,108 @@ void bind_plan(nb::module_& m) {
             self.attend(args);
           },
           nb::call_guard<nb::gil_scoped_release>());
+}
+
+// Parameters and arrays come by name from dicts, so that a method need not know of what others use.
+template <class T>
+void take(const nb::dict& from, const char* name, T& to) {
+  if (from.contains(name)) to = nb::cast<T>(from[name]);
+}
+template <class T>
+void take_address(const nb::dict& from, const char* name, const T*& to) {
+  uintptr_t address = 0;
+  take(from, name, address);
+  to = at<const T>(address);
+}
+
+Method method_of(const nb::dict& from) {
+  Method m{};
+  int rank = 0, kind = 0;
+  take(from, "rank", rank);
+  take(from, "take", kind);
+  m.rank = Rank(rank);
+  m.take = Take(kind);
+  m.unit = 1;
+  take(from, "unit", m.unit);
+  take(from, "row_dim", m.row_dim);
+  take(from, "shared", m.shared);
+  take(from, "tail", m.tail);
+  take(from, "own", m.own);
+  take(from, "planes", m.planes);
+  take_address(from, "directions", m.directions);
+  take(from, "bits", m.bits);
+  take(from, "tables", m.tables);
+  take_address(from, "log_u", m.log_u);
+  take(from, "log_u_count", m.log_u_count);
+  take(from, "certify", m.certify);
+  take(from, "confidence", m.confidence);
+  take(from, "pilot", m.pilot);
+  take(from, "seed", m.seed);
+  return m;
+}
+
+Block block_of(int64_t begin, int64_t end, const nb::dict& from) {
+  Block b{};
+  b.begin = begin;
+  b.end = end;
+  take(from, "units", b.units);
+  take(from, "clusters", b.clusters);
+  take_address(from, "signs", b.signs);
+  take_address(from, "factors", b.factors);
+  take_address(from, "rows", b.rows);
+  take_address(from, "codes", b.codes);
+  take_address(from, "heads", b.heads);
+  take_address(from, "ids", b.ids);
+  take_address(from, "norms", b.norms);
+  take_address(from, "keep", b.keep);
+  take_address(from, "sums", b.sums);
+  take_address(from, "counts", b.counts);
+  take_address(from, "assigned", b.assigned);
+  return b;
+}
+
+void bind_index(nb::module_& m) {
+  nb::class_<Index>(m, "Index")
+      .def("__init__",
+           [](Index* self, const nb::dict& method, const std::vector<int>& slots, uintptr_t mean, int64_t begin) {
+             new (self) Index{method_of(method), slots, at<const float>(mean), begin, {}, {}};
+           })
+      .def("set_method", [](Index& self, const nb::dict& method) { self.method = method_of(method); })
+      .def("set_mean", [](Index& self, uintptr_t mean) { self.mean = at<const float>(mean); })
+      .def("set_blocks",
+           [](Index& self, const std::vector<std::tuple<int64_t, int64_t, nb::dict>>& blocks) {
+             self.blocks.clear();
+             for (const auto& [begin, end, arrays] : blocks) self.blocks.push_back(block_of(begin, end, arrays));
+           })
+      .def("counters",
+           [](const Index& self) {
+             const Counters& c = self.counters;
+             return std::make_tuple(c.readings, c.rows, c.head_rows, c.entries, c.checked, c.escalated);
+           })
+      .def("clear_counters", [](Index& self) { self.counters = {}; });
+  m.def(
+      "project",
+      [](const KernelSet& k, int type, uintptr_t keys, int64_t planes, int64_t rows, int64_t plane_stride, int64_t head_dim,
+         uintptr_t mean, uintptr_t directions, int64_t count, uintptr_t bits, uintptr_t norms, uintptr_t absolute,
+         int threads) {
+        k.table->project({Type(type), at(keys), planes, rows, plane_stride, head_dim, at<float>(mean), at(directions), count,
+                          at<uint64_t>(bits), at<float>(norms), at<float>(absolute), threads});
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "codes",
+      [](const KernelSet& k, uintptr_t bits, int64_t planes, int64_t rows, int key_bits, int tables, uintptr_t codes,
+         int threads) {
+        k.table->codes({at<uint64_t>(bits), planes, rows, key_bits, tables, at<uint16_t>(codes), threads});
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "tables",
+      [](const KernelSet& k, uintptr_t codes, int64_t planes, int64_t rows, int key_bits, int tables, uintptr_t heads,
+         uintptr_t ids, int threads) {
+        k.table->tables({at<uint16_t>(codes), planes, rows, key_bits, tables, at<uint32_t>(heads), at<uint16_t>(ids), threads});
+      },
+      nb::call_guard<nb::gil_scoped_release>());
 }
 
 void bind_layer(nb::module_& m) {
@@ -172,6 +280,7 @@ NB_MODULE(_native, m) {
   m.attr("split") = split;
   bind_linear(m);
   bind_elementwise(m);
+  bind_index(m);
   bind_plan(m);
   bind_layer(m);
 }

@@ -19,11 +19,13 @@ namespace {
 #include "linear.h"
 #include "pack.h"
 #include "attention.h"
+#include "hashing.h"
 #include "elementwise.h"
 }  // namespace
 
 extern const Kernels THRESHER_JOIN(kernels_, THRESHER_ISA_NAME);
 const Kernels THRESHER_JOIN(kernels_, THRESHER_ISA_NAME) = {
     THRESHER_TEXT(THRESHER_ISA_NAME), linear, attend, scratch_bytes, rms_norm, rope, read_memory,
+    project, codes, tables,
 };
 }  // namespace thresher

@@ -39,6 +39,95 @@ struct Run {
   int64_t end;    // absolute position after the last readable row
 };
 
+// ---- sparse attention --------------------------------------------------------------------------------------------
+// A sparse sequence reads its first and last rows exactly, and of the candidates between them what its method chooses.
+// Candidates are counted from `Sparse::begin`; they come in blocks of whole groups of 64, indexed once and never changed.
+
+constexpr int group_tokens = 64;  // blocks begin and end at multiples of this, counted from the first candidate
+
+enum class Rank : int32_t {  // what candidates are ranked by
+  none = 0,
+  keys = 1,      // the exact scores
+  signs = 2,     // one bit a direction of the centred key against the unrounded query
+  rows = 3,      // a row for every `unit` tokens: page bounds or mean keys
+  clusters = 4,  // a row for every cluster, of any size
+  tables = 5,    // LSH: keys that share a bucket with the query in two tables or more
+  fixed = 6,     // a set chosen when the block was built
+};
+enum class Take : int32_t {  // what is read of what is ranked
+  top = 0,     // the best `budget`
+  draw = 1,    // `budget` draws in proportion to exp(score)
+  verify = 2,  // the best `budget`, and of the rest a uniform sample as large as the error asks for
+};
+
+struct Method {
+  Rank rank;
+  Take take;
+  int32_t unit;           // tokens of a ranked row
+  int32_t row_dim;        // numbers of a ranked row: head_dim, or 2 head_dim (the least and the greatest of each)
+  bool shared;            // the query heads of a group choose together
+  bool tail;              // what is not read is answered by its clusters
+  bool own;               // a query head weighs only what it chose itself, not all that its group reads
+  int32_t planes;         // signs: bits; tables: K * L
+  const void* directions; // [planes, head_dim], packed like a linear layer
+  int32_t bits, tables;   // K, L
+  const float* log_u;     // tables: log2 of the inclusion probability at log_u_count cosines from -1 to 1
+  int32_t log_u_count;
+  float certify;          // tables, verify: an estimated relative error above this is answered by dense attention; 0: never
+  double confidence;      // verify: (normal quantile / tolerance)^2
+  float pilot;            // verify: the part of the rest that the first sample takes
+  uint64_t seed;
+};
+
+// Arrays are [planes, ...] with a plane for each (indexed layer, KV head), contiguous; null where the method has none.
+struct Block {
+  int64_t begin, end;        // candidates
+  int64_t units;             // ranked rows
+  const uint64_t* signs;     // [n / 16, bits / 4]: bit 4 i + t of word j is bit 4 j + t of key i
+  const uint8_t* factors;    // [n]: what a sum of signs is multiplied by
+  const void* rows;          // [units, row_dim]
+  const uint16_t* codes;     // [tables, n]: small blocks
+  const uint32_t* heads;     // [tables, 2^K + 1]: where buckets begin in ids
+  const uint16_t* ids;       // [tables, n]
+  const float* norms;        // [n] of the centred keys
+  const uint64_t* keep;      // [n / 64]
+  int64_t clusters;
+  const float* sums;         // [clusters, 2, head_dim]: of the keys and values of each cluster
+  const int32_t* counts;     // [clusters]
+  const uint16_t* assigned;  // [n]: cluster of each token
+};
+
+struct Counters {  // of one sequence, since they were last cleared; a reading is one KV head of one layer in one step
+  int64_t readings, rows, head_rows, entries, checked, escalated;
+};
+
+struct Sparse {  // one sequence in one pass
+  const Method* method;
+  const Block* blocks;
+  int32_t block_count;
+  int32_t most_clusters;  // of a block
+  const int32_t* slots;   // of each layer: which of the indexed ones it is; -1: dense
+  const float* mean;      // [indexed layers, kv_heads, head_dim]: what centred keys were centred by
+  int64_t begin, end;     // candidates, absolute positions
+  int64_t ranked;         // ranked rows of all blocks
+  int64_t budget;         // tokens (draws) of a query head
+  // Working memory, for each query head: scores [ranked], bits [candidates / 64], a query for ranking.
+  char* scores;
+  uint64_t* chosen;
+  char* queries;
+  Counters* counters;
+};
+
+constexpr int64_t ranking_query_bytes = 4096;  // of one query head
+constexpr int most_group = 32;                 // query heads of a KV head
+constexpr int gather_parts = 4;                // pieces that a KV head's gathered rows are dealt out to
+
+struct SparseItem {
+  int32_t sequence, head;  // head: of queries or of keys and values, by what the item is for
+  int32_t part;            // scan: block; gather: piece, gather_parts: the tail
+  int64_t begin, end;      // scan: ranked rows of the block
+};
+
 struct Sequence {
   const Run* runs;
   int32_t run_count;
@@ -47,6 +136,7 @@ struct Sequence {
   int64_t past;       // absolute position of the first new token
   int64_t window;     // method: 0 = all, else keys > q - window are read ...
   int64_t sinks;      // ... and keys < sinks
+  const Sparse* sparse;  // null: all that is visible is read
 };
 
 // Rows of several sequences that attend to the same keys, or a block of rows of one long chunk.
@@ -85,7 +175,11 @@ struct Attention {
   int64_t fold_count, item_count;  // items that fold come first
   const Span* spans;
   const Slots* slots;  // one for each sequence
+  const SparseItem *prepare_items, *scan_items, *choose_items, *gather_items;
+  int64_t prepare_count, scan_count, choose_count, gather_count;
   float* partials;     // one slot: max, sum, acc[head_dim]
+  float* doubts;       // one slot: sums of a, a |v|^2, a v with a = weight^2 (1 - inclusion probability); or null
+  char* escalated;     // [sequences, q_heads]: which of them are to be answered by dense attention
   char* scratch;       // threads * scratch_bytes(args), 64-byte aligned
   int threads;
 };
@@ -114,6 +208,41 @@ struct Rope {
   int threads;
 };
 
+// ---- building an index ----------------------------------------------------------------------------------------------
+
+// Keys [planes, n, head_dim] less their plane's mean, times directions packed like a linear layer: the signs of the
+// products as bits, the norm of the centred key, and the sum of the absolute products.
+struct Project {
+  Type type;
+  const void* keys;
+  int64_t planes, rows, plane_stride, head_dim;
+  const float* mean;       // [planes, head_dim]
+  const void* directions;
+  int64_t count;           // directions
+  uint64_t* bits;          // [planes, n, words] with words = ceil(count / 64)
+  float *norms, *absolute; // [planes, n]
+  int threads;
+};
+
+// bits [planes, n, ceil(K L / 64)] -> codes [planes, tables, n]
+struct Codes {
+  const uint64_t* bits;
+  int64_t planes, rows;
+  int32_t key_bits, tables;
+  uint16_t* codes;
+  int threads;
+};
+
+// codes [planes, tables, n] -> heads [planes, tables, 2^K + 1], ids [planes, tables, n] by counting sort; n <= 65536
+struct Tables {
+  const uint16_t* codes;
+  int64_t planes, rows;
+  int32_t key_bits, tables;
+  uint32_t* heads;
+  uint16_t* ids;
+  int threads;
+};
+
 struct Kernels {
   const char* name;
   void (*linear)(const Linear&);
@@ -122,6 +251,9 @@ struct Kernels {
   void (*rms_norm)(const Rows&);
   void (*rope)(const Rope&);
   float (*read)(const float*, int64_t count, int threads);  // sums: a measured read of memory
+  void (*project)(const Project&);
+  void (*codes)(const Codes&);
+  void (*tables)(const Tables&);
 };
 
 const Kernels* find_kernels(const char* name);  // null: not built, or not supported by this processor

@@ -39,21 +39,24 @@ ALWAYS_INLINE void transpose16(const char* const* rows, int64_t byte_offset, uin
 constexpr int64_t prefetch_distance = 8192;
 inline void prefetch(const char* from, int64_t bytes) {
   const char* end = from + bytes;
-  for (; from < end; from += 256) {
+  for (; from < end; from += 128) {
     __builtin_prefetch(from);
     __builtin_prefetch(from + 64);
-    __builtin_prefetch(from + 128);
-    __builtin_prefetch(from + 192);
   }
 }
 
-// Keys become the right-hand side of S = Q K^T: panels of 32 keys, step by step. Missing rows are zero.
+// Keys become the right-hand side of S = Q K^T: panels of 32 keys, step by step. Missing rows are zero. Gathered rows
+// are asked for one by one; behind the last one there are `gather_ahead` more addresses.
+template <bool Gathered = false>
 ALWAYS_INLINE void pack_keys(const char* const* rows, int count, int64_t steps, uint32_t* out) {
   for (int base = 0; base < count; base += panel) {
     uint32_t* to = out + base * steps;
     for (int half = 0; half < panel; half += 16) {
       const int begin = base + half, present = count - begin < 16 ? count - begin : 16;
-      if (present > 0) prefetch(rows[begin] + prefetch_distance, present * steps * 4);
+      if (Gathered)
+        for (int i = 0; i < 16; ++i) prefetch(rows[begin + i + 32], steps * 4);
+      else if (present > 0)
+        prefetch(rows[begin] + prefetch_distance, present * steps * 4);
       int64_t s = 0;
 #if defined(__AVX512F__)
       if (present == 16)
@@ -92,10 +95,13 @@ ALWAYS_INLINE void zip_rows(const uint16_t* first, const uint16_t* second, int c
 
 // Values become the right-hand side of P V: panels of 32 head dimensions, keys (bf16: pairs of keys) step by step.
 // Meanwhile the keys of the next split are asked for, which most often lie behind those of this one.
+template <bool Gathered = false>
 ALWAYS_INLINE void pack_values(F32, const char* const* rows, const char* const* keys, int count, int64_t head_dim, float* out) {
   for (int i = 0; i < count; ++i) {
-    prefetch(rows[i] + prefetch_distance, head_dim * 4);
-    prefetch(keys[i] + split * head_dim * 4, head_dim * 4);
+    if (!Gathered) {
+      prefetch(rows[i] + prefetch_distance, head_dim * 4);
+      prefetch(keys[i] + split * head_dim * 4, head_dim * 4);
+    }
     for (int64_t d = 0; d < head_dim; d += panel) {
       const int columns = int(head_dim - d < panel ? head_dim - d : panel);
       float* to = out + d * split + i * panel;
@@ -104,11 +110,14 @@ ALWAYS_INLINE void pack_values(F32, const char* const* rows, const char* const* 
     }
   }
 }
+template <bool Gathered = false>
 ALWAYS_INLINE void pack_values(BF16, const char* const* rows, const char* const* keys, int count, int64_t head_dim,
                         uint16_t* out) {
   for (int i = 0; i < count; i += 2) {
-    prefetch(rows[i] + prefetch_distance, head_dim * 4);  // of two rows
-    prefetch(keys[i] + split * head_dim * 2, head_dim * 4);
+    if (!Gathered) {
+      prefetch(rows[i] + prefetch_distance, head_dim * 4);  // of two rows
+      prefetch(keys[i] + split * head_dim * 2, head_dim * 4);
+    }
     const uint16_t* first = (const uint16_t*)rows[i];
     const uint16_t* second = i + 1 < count ? (const uint16_t*)rows[i + 1] : nullptr;
     int64_t d = 0;

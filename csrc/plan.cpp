@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace thresher {
 namespace {
@@ -45,7 +46,8 @@ Plan::Plan(const Kernels* kernels, Workspace* workspace, Type type, int q_heads,
   shape_.threads = threads;
 }
 
-void Plan::add(int64_t queries, int64_t past, int64_t window, int64_t sinks, std::vector<Run> runs) {
+void Plan::add(int64_t queries, int64_t past, int64_t window, int64_t sinks, std::vector<Run> runs, Index* index,
+               int64_t end, int64_t budget) {
   int64_t at = 0;
   for (const Run& run : runs) {
     if (run.start != at || run.end < run.start || run.end - run.start > run.capacity || !run.base)
@@ -55,6 +57,18 @@ void Plan::add(int64_t queries, int64_t past, int64_t window, int64_t sinks, std
   if (queries < 1 || past < 0 || runs.empty() || at != past + queries || runs.back().start > past || window < 0 ||
       sinks < 0)
     throw std::invalid_argument("Plan.add: the last run must hold all new rows");
+  if (index) {
+    const std::vector<Block>& blocks = index->blocks;
+    int64_t reached = index->begin;
+    for (const Block& b : blocks) {
+      if (b.begin != reached || b.end <= b.begin || (b.end - b.begin) % group_tokens)
+        throw std::invalid_argument("Plan.add: blocks must follow each other in whole groups");
+      reached = b.end;
+    }
+    if (queries != 1 || end < index->begin || end > past || budget < 0 || (!blocks.empty() && reached != end) ||
+        (blocks.empty() && index->method.rank != Rank::keys && end != index->begin))
+      throw std::invalid_argument("Plan.add: an index is for one new token, its candidates lie before it");
+  }
   runs_.push_back(std::move(runs));
   Sequence s{};
   s.query_row = tokens_;
@@ -66,13 +80,104 @@ void Plan::add(int64_t queries, int64_t past, int64_t window, int64_t sinks, std
   sequences_.push_back(s);
   tokens_ += queries;
   work_.clear();
+  work_of_layer_.clear();
+  sparse_of_.push_back(nullptr);
+  if (!index || end == index->begin) return;
+  Sparse sparse{};
+  sparse.method = &index->method;
+  sparse.blocks = index->blocks.data();
+  sparse.block_count = int32_t(index->blocks.size());
+  sparse.slots = index->slots.data();
+  sparse.mean = index->mean;
+  sparse.begin = index->begin;
+  sparse.end = end;
+  sparse.budget = budget;
+  sparse.counters = &index->counters;
+  if (index->method.rank == Rank::keys || index->method.rank == Rank::signs) sparse.ranked = end - index->begin;
+  for (const Block& b : index->blocks) {
+    sparse.most_clusters = std::max(sparse.most_clusters, int32_t(b.clusters));
+    if (index->method.rank == Rank::rows || index->method.rank == Rank::clusters) sparse.ranked += b.units;
+  }
+  sparse_.push_back(sparse);
+  sparse_of_.back() = &sparse_.back();
 }
 
-const Plan::Work& Plan::work(int64_t layer_window) {
-  auto found = work_.find(layer_window);
-  if (found != work_.end()) return found->second;
-  for (size_t i = 0; i < runs_.size(); ++i) sequences_[i].runs = runs_[i].data();
-  Work& work = work_[layer_window];
+bool Plan::is_sparse(size_t sequence, int layer, int64_t layer_window) const {
+  const Sparse* sparse = sparse_of_[sequence];
+  return sparse && layer >= 0 && layer_window == 0 && sparse->slots[layer] >= 0;  // a sliding window is short already
+}
+
+// The steps of one sparse sequence. Pieces do not depend on the batch, so results do not either.
+void Plan::add_sparse(Work& work, size_t sequence) {
+  const Sparse& sparse = *sparse_of_[sequence];
+  const Method& m = *sparse.method;
+  const int32_t s = int32_t(sequence), choosers = m.shared ? shape_.kv_heads : shape_.q_heads;
+  constexpr int64_t piece = 2048;
+  for (int32_t h = 0; h < (m.rank == Rank::fixed ? choosers : shape_.q_heads); ++h) work.prepare.push_back({s, h, 0, 0, 0});
+  for (int32_t h = 0; h < shape_.kv_heads; ++h) {
+    auto scan = [&](int32_t block, int64_t rows) {
+      for (int64_t at = 0; at < rows; at += piece) work.scan.push_back({s, h, block, at, std::min(at + piece, rows)});
+    };
+    if (m.rank == Rank::keys) scan(0, sparse.ranked);
+    for (int32_t b = 0; b < sparse.block_count; ++b) {
+      const Block& block = sparse.blocks[b];
+      if (m.rank == Rank::signs) scan(b, block.end - block.begin);
+      if (m.rank == Rank::rows || m.rank == Rank::clusters) scan(b, block.units);
+    }
+    const int pieces = m.take == Take::verify ? 1 : gather_parts;
+    if (m.tail) work.gather.push_back({s, h, gather_parts, 0, 0});
+    for (int32_t p = 0; p < pieces; ++p) work.gather.push_back({s, h, p, 0, 0});
+  }
+  if (m.rank != Rank::none && m.rank != Rank::fixed && m.rank != Rank::tables)
+    for (int32_t h = 0; h < choosers; ++h) work.choose.push_back({s, h, 0, 0, 0});
+  const int64_t count = m.take == Take::verify ? 1 : gather_parts + (m.tail ? 1 : 0);
+  work.slots[sequence] = {work.slot_count, count, count, 0};
+  work.slot_count += count * shape_.q_heads;
+  work.certify |= m.certify > 0;
+}
+
+// Working memory of all sparse sequences of the pass.
+void Plan::place_sparse() {
+  auto bytes = [&](const Sparse& s, char* at) {
+    const int64_t ranked = (s.ranked + 63) / 64 * 64, n_words = (s.end - s.begin + 63) / 64;
+    const int64_t scores = shape_.q_heads * ranked * 4, chosen = shape_.q_heads * n_words * 8;
+    const int64_t sizes[] = {scores, (chosen + 63) / 64 * 64, shape_.q_heads * ranking_query_bytes};
+    if (at) {
+      Sparse& to = const_cast<Sparse&>(s);
+      to.scores = at;
+      to.chosen = (uint64_t*)(at + sizes[0]);
+      to.queries = at + sizes[0] + sizes[1];
+    }
+    return sizes[0] + sizes[1] + sizes[2];
+  };
+  int64_t total = 64;
+  for (const Sparse& s : sparse_) total += bytes(s, nullptr);
+  std::vector<char>& memory = workspace_->sparse;
+  if (int64_t(memory.size()) < total) memory.resize(size_t(total));
+  char* at = (char*)((uintptr_t(memory.data()) + 63) / 64 * 64);
+  for (Sparse& s : sparse_) at += bytes(s, at);
+}
+
+const Plan::Work& Plan::work(int layer, int64_t layer_window) {
+  const size_t at = size_t(layer + 1);  // layer -1: dense
+  if (at < work_of_layer_.size() && work_of_layer_[at]) return *work_of_layer_[at];
+  if (work_of_layer_.empty()) place_sparse();
+  if (at >= work_of_layer_.size()) work_of_layer_.resize(at + 1);
+  std::vector<bool> sparse(sequences_.size());
+  for (size_t i = 0; i < sparse.size(); ++i) sparse[i] = is_sparse(i, layer, layer_window);
+  const auto key = std::make_pair(layer_window, sparse);
+  auto found = work_.find(key);
+  if (found != work_.end()) {
+    if (layer >= 0) work_of_layer_[at] = &found->second;
+    return found->second;
+  }
+  Work& work = work_[key];
+  if (layer >= 0) work_of_layer_[at] = &work;
+  work.sequences = sequences_;
+  for (size_t i = 0; i < runs_.size(); ++i) {
+    work.sequences[i].runs = runs_[i].data();
+    work.sequences[i].sparse = sparse[i] ? sparse_of_[i] : nullptr;
+  }
   const int64_t row_bytes = shape_.head_dim * (shape_.type == Type::f32 ? 4 : 2);
 
   struct Shared {
@@ -86,6 +191,10 @@ const Plan::Work& Plan::work(int64_t layer_window) {
   work.slots.resize(sequences_.size());
   for (size_t i = 0; i < sequences_.size(); ++i) {
     const Sequence& s = sequences_[i];
+    if (sparse[i]) {
+      add_sparse(work, i);
+      continue;
+    }
     if (s.queries > decode_queries) {
       for (int64_t q = 0; q < s.queries; q += query_block) {
         const Span span{int32_t(i), q, std::min(q + query_block, s.queries)};
@@ -130,17 +239,46 @@ const Plan::Work& Plan::work(int64_t layer_window) {
   return work;
 }
 
-int64_t Plan::rows_read(int64_t layer_window) { return work(layer_window).rows_read; }
+int64_t Plan::rows_read(int64_t layer_window) { return work(-1, layer_window).rows_read; }
+
+void Plan::capture(char* queries, char* outputs, char* dense) {
+  queries_ = queries;
+  outputs_ = outputs;
+  dense_ = dense;
+}
 
 void Plan::attend(Attention args) {
-  const Work& w = work(args.window);
+  run(args, work(args.layer, args.window));
+  const int64_t value = shape_.type == Type::f32 ? 4 : 2, row = shape_.head_dim * value;
+  const int64_t layer_bytes = tokens_ * shape_.q_heads * row, at = args.layer * layer_bytes;
+  if (queries_)
+    for (int64_t i = 0; i < tokens_ * shape_.q_heads; ++i)
+      std::memcpy(queries_ + at + i * row,
+                  (const char*)args.q + (i / shape_.q_heads * args.q_token + i % shape_.q_heads * args.q_head) * value,
+                  size_t(row));
+  if (outputs_) std::memcpy(outputs_ + at, args.out, size_t(layer_bytes));
+  if (dense_) {
+    args.out = dense_ + at;
+    run(args, work(-1, args.window));
+  }
+}
+
+void Plan::run(Attention args, const Work& w) {
   args.type = shape_.type;
   args.q_heads = shape_.q_heads;
   args.kv_heads = shape_.kv_heads;
   args.head_dim = shape_.head_dim;
   args.threads = shape_.threads;
-  args.sequences = sequences_.data();
-  args.sequence_count = int32_t(sequences_.size());
+  args.sequences = w.sequences.data();
+  args.sequence_count = int32_t(w.sequences.size());
+  args.prepare_items = w.prepare.data();
+  args.prepare_count = int64_t(w.prepare.size());
+  args.scan_items = w.scan.data();
+  args.scan_count = int64_t(w.scan.size());
+  args.choose_items = w.choose.data();
+  args.choose_count = int64_t(w.choose.size());
+  args.gather_items = w.gather.data();
+  args.gather_count = int64_t(w.gather.size());
   args.items = w.items.data();
   args.item_count = int64_t(w.items.size());
   args.fold_count = w.fold_count;
@@ -149,6 +287,12 @@ void Plan::attend(Attention args) {
   const size_t partials = size_t(w.slot_count * (args.head_dim + 2));
   if (workspace_->partials.size() < partials) workspace_->partials.resize(partials);
   args.partials = workspace_->partials.data();
+  if (w.certify) {
+    if (workspace_->doubts.size() < partials) workspace_->doubts.resize(partials);
+    args.doubts = workspace_->doubts.data();
+    workspace_->escalated.assign(w.sequences.size() * size_t(args.q_heads), 0);
+    args.escalated = workspace_->escalated.data();
+  }
   const size_t scratch = size_t(args.threads * kernels_->scratch_bytes(args)) + 64;
   if (workspace_->scratch.size() < scratch) workspace_->scratch.resize(scratch);
   args.scratch = (char*)((uintptr_t(workspace_->scratch.data()) + 63) / 64 * 64);

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from thresher.kernels.attention import Visibility
+from thresher.machine.cost import Cost, ModelShape, attention_cost
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,16 @@ class AttentionMethod:
     exact: ClassVar[bool]  # gives the dense result
 
     def visibility(self) -> Visibility | None:
-        """The rows a query sees, None for all."""
+        """The rows a query sees by their position alone, None for all."""
         return None
 
-    def rows_read(self, context: int) -> int:
-        """Rows of K (and as many of V) that one query reads in each layer and KV head, of `context` there are."""
-        return context
+    def cost(self, shape: ModelShape, context: int) -> Cost:
+        """All layers' attention of one token to `context` cached ones."""
+        return attention_cost(shape, context)
 
     def __str__(self) -> str:
-        chosen = ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
-        return f"{self.name}:{chosen}" if chosen else self.name
+        """What chooses this method in `parse_method`: the name and the parameters that are not as by default."""
+        chosen = [(f.name, getattr(self, f.name)) for f in fields(self)]
+        default = {f.name: f.default for f in fields(self)}
+        text = ",".join(f"{name}={value}" for name, value in chosen if value != default[name])
+        return f"{self.name}:{text}" if text else self.name

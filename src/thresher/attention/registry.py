@@ -3,12 +3,25 @@
 import difflib
 from dataclasses import fields
 
+from thresher.attention.auto import Auto
 from thresher.attention.base import AttentionMethod
+from thresher.attention.block_topk import BlockTopK
+from thresher.attention.clusters import Clusters
 from thresher.attention.dense import Dense
+from thresher.attention.lsh import LSH
+from thresher.attention.quest import Quest
+from thresher.attention.sample import Sample
+from thresher.attention.sign import Sign
+from thresher.attention.snapkv import SnapKV
 from thresher.attention.streaming import Streaming
+from thresher.attention.topk import TopK
+from thresher.attention.verified import Verified
 from thresher.errors import UsageError
 
-METHODS: dict[str, type[AttentionMethod]] = {method.name: method for method in (Dense, Streaming)}
+METHODS: dict[str, type[AttentionMethod]] = {
+    method.name: method
+    for method in (Dense, Auto, LSH, Sign, Verified, Clusters, Quest, BlockTopK, SnapKV, Streaming, TopK, Sample)
+}
 
 
 def parse_method(text: str) -> AttentionMethod:
@@ -17,17 +30,33 @@ def parse_method(text: str) -> AttentionMethod:
     if name not in METHODS:
         raise UsageError(f"attention '{name}': {_unknown(name, list(METHODS))}")
     method = METHODS[name]
-    types = {f.name: f.type for f in fields(method)}
-    chosen: dict[str, int | float] = {}
+    types = {f.name: type(f.default) for f in fields(method)}
+    chosen: dict[str, int | float | str] = {}
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")
         if key not in types:
             raise UsageError(f"attention '{name}', parameter '{key}': {_unknown(key, list(types))}")
         try:
-            chosen[key] = int(value) if types[key] in (int, "int") else float(value)
+            chosen[key] = number(value) if "float" in str(_annotation(method, key)) else types[key](value)
         except ValueError:
-            raise UsageError(f"attention '{name}', {key}={value}: not a number") from None
+            raise UsageError(f"attention '{name}', {key}={value}: not a {_kind(types[key])}") from None
     return method(**chosen)
+
+
+def number(text: str) -> int | float:
+    """A whole number stays one, so that it is written as it was given."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def _annotation(method: type[AttentionMethod], name: str) -> object:
+    return next(f.type for f in fields(method) if f.name == name)
+
+
+def _kind(kind: type) -> str:
+    return {int: "whole number", float: "number"}.get(kind, kind.__name__)
 
 
 def _unknown(name: str, known: list[str]) -> str:

@@ -1,31 +1,53 @@
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from thresher.attention.base import AttentionMethod
+import torch
+
+from thresher.attention.sparse import Shape, SparseMethod
+from thresher.attention.tail import cluster_count, cluster_rows
 from thresher.errors import UsageError
 from thresher.kernels.attention import Visibility
+from thresher.machine.cost import Cost, ModelShape, attention_cost
 
 
 @dataclass(frozen=True)
-class Streaming(AttentionMethod):
+class Streaming(SparseMethod):
     """The first tokens (attention sinks) and a window of recent ones; StreamingLLM, sections 3.1 and 3.2.
 
-    Positions stay those of the text: keys are cached after RoPE, and rows outside are not read, not evicted.
+    Positions stay those of the text: keys are cached after RoPE, and rows outside are not read, not evicted. tail: centroids
+    a block that answer for them.
     """
 
     name: ClassVar[str] = "streaming"
     paper: ClassVar[str] = "https://arxiv.org/abs/2309.17453"
-    exact: ClassVar[bool] = False
 
-    sinks: int = 4
     window: int = 1024
+    dense_layers: str = "none"
+    tail: int = 0
 
     def __post_init__(self) -> None:
-        if self.sinks < 0 or self.window < 1:
-            raise UsageError(f"{self}: sinks must be 0 or more, window 1 or more")
+        super().__post_init__()
+        if not 0 <= self.tail <= 4096:
+            raise UsageError(f"streaming, tail={self.tail}: give 0 to 4096 centroids")
 
-    def visibility(self) -> Visibility:
-        return Visibility(window=self.window, sinks=self.sinks)
+    def visibility(self) -> Visibility | None:
+        return None if self.tail or self.dense_layers != "none" else Visibility(window=self.window, sinks=self.sinks)
 
-    def rows_read(self, context: int) -> int:
-        return min(context, self.sinks + self.window)
+    def index_key(self) -> str:
+        return f"streaming,sinks={self.sinks},tail={self.tail}"
+
+    def build(
+        self, keys: torch.Tensor, values: torch.Tensor, frozen: dict[str, torch.Tensor], shape: Shape
+    ) -> dict[str, torch.Tensor]:
+        return cluster_rows(keys, values, cluster_count(self.tail, keys.shape[1])) if self.tail else {}
+
+    def parameters(self, shape: Shape) -> dict[str, Any]:
+        return super().parameters(shape) | {"tail": self.tail > 0}
+
+    def index_bytes(self, candidates: int, shape: Shape) -> float:
+        return self.tail * -(-candidates // self.segment) * (2 * shape.heads.head_dim * 4 + 4)
+
+    def cost(self, shape: ModelShape, context: int) -> Cost:
+        if self.visibility():
+            return attention_cost(shape, min(context, self.sinks + self.window))
+        return super().cost(shape, context)

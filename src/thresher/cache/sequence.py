@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -49,8 +50,16 @@ class _Part:
     used: int
 
 
+class SequenceIndex(Protocol):
+    """What attention methods keep beside a sequence; it follows the sequence."""
+
+    def crop(self, length: int) -> None: ...
+
+    def fork(self) -> "SequenceIndex": ...
+
+
 class KVSequence:
-    """Cached tokens of one sequence.
+    """Cached tokens of one sequence. `index` belongs to the attention method that reads it.
 
     Rows are never moved: a full tail stays where it is and the next rows go to a new one, as large as all before. A
     segment that another sequence may see (after `fork`) or that lies in a file is never written again.
@@ -62,6 +71,7 @@ class KVSequence:
         self.token_ids = list(token_ids)
         self._parts = [_Part(segment, len(self.token_ids))] if segment and self.token_ids else []
         self._writable = False  # whether the last part may take more rows
+        self.index: SequenceIndex | None = None
 
     @property
     def length(self) -> int:
@@ -119,6 +129,8 @@ class KVSequence:
             raise ValueError(f"cannot crop {self.length} tokens to {length}")
         surplus = self.length - length
         del self.token_ids[length:]
+        if self.index and surplus:
+            self.index.crop(length)
         while surplus:
             last = self._parts[-1]
             cut = min(surplus, last.used)
@@ -135,15 +147,17 @@ class KVSequence:
         other = KVSequence(self.layout)
         other.token_ids = list(self.token_ids)
         other._parts = [_Part(p.segment, p.used) for p in self._parts]
+        other.index = self.index.fork() if self.index else None
         return other
 
-    def rows(self, begin: int, end: int) -> torch.Tensor:
-        """A copy of positions [begin, end): `[layers, 2, kv_heads, end - begin, head_dim]`."""
+    def rows(self, begin: int, end: int, layers: Sequence[int] | None = None) -> torch.Tensor:
+        """A copy of positions [begin, end) of all or some layers: `[layers, 2, kv_heads, end - begin, head_dim]`."""
         pieces, start = [], 0
         for data, used in self.segments():
             low, high = max(begin - start, 0), min(end - start, used)
             if low < high:
-                pieces.append(data[:, :, :, low:high])
+                rows = data[:, :, :, low:high]
+                pieces.append(rows if layers is None else rows[list(layers)])
             start += used
         return torch.cat(pieces, dim=3) if pieces else self.layout.empty(0)
 

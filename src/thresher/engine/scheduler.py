@@ -85,7 +85,7 @@ class Scheduler:
     ) -> None:
         """positions: longest sequence; kv_budget: bytes of keys and values; chunk_size: prompt tokens of a pass."""
         self._runner = runner
-        self._visibility = method.visibility()
+        self._method = method
         self._positions = positions
         self._budget_rows = kv_budget // runner.layout.bytes_per_token
         self._chunk_size = chunk_size
@@ -124,7 +124,7 @@ class Scheduler:
         """Admit what fits, make one pass, choose the next tokens."""
         events = self._admit()
         decoding = list(self._samples)
-        batch = [Work(s.sequence, [s.pending], True, self._visibility) for s in decoding]
+        batch = [Work(s.sequence, [s.pending], True, self._method) for s in decoding]
         reading: list[tuple[_Prefill, int]] = []
         room = MIXED_CHUNK if decoding else self._chunk_size
         for prefill in self._prefills:
@@ -177,6 +177,8 @@ class Scheduler:
     def _start_samples(self, prefill: _Prefill) -> list[_Sample]:
         request, params = prefill.request, prefill.request.params
         samples = []
+        if params.n > 1:  # so that the samples share the index
+            self._runner.prepare(prefill.sequence, self._method)
         for i in range(params.n):
             sequence = prefill.sequence
             if params.n > 1:

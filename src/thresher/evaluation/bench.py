@@ -13,7 +13,7 @@ from thresher.engine.llm import LLM
 from thresher.engine.runner import Work
 from thresher.evaluation.machine import measure_machine
 from thresher.evaluation.peers import Engine
-from thresher.machine.cost import Cost, ModelShape, attention_cost, weights_cost
+from thresher.machine.cost import Cost, attention_cost, weights_cost
 from thresher.machine.profile import MachineProfile
 
 Progress = Callable[[str], None]
@@ -65,22 +65,7 @@ class Thresher:
         self.sequences = [sequence]
 
     def decode(self, token_id: int) -> None:
-        visibility = self._llm.attention.visibility()
-        self._llm.runner.run([Work(s, [token_id], True, visibility) for s in self.sequences])
-
-
-def model_shape(llm: LLM) -> ModelShape:
-    model = llm.model
-    size = {"bf16": 2, "int8": 1, "float32": 4}[model.weights]
-    return ModelShape(
-        layers=model.layers,
-        q_heads=model.heads.q_heads,
-        kv_heads=model.heads.kv_heads,
-        head_dim=model.heads.head_dim,
-        weight_bytes=model.weight_bytes,
-        weight_count=model.weight_bytes // size,
-        value_bytes=model.dtype.itemsize,
-    )
+        self._llm.runner.run([Work(s, [token_id], True, self._llm.attention) for s in self.sequences])
 
 
 def prompt(llm: LLM, length: int) -> list[int]:
@@ -107,7 +92,7 @@ def bench_decode(
         progress(f"loading {name}")
         engines.append(make())
     own = Thresher(llm)
-    shape = model_shape(llm)
+    shape = llm.runner.shape
     for context in contexts:
         for batch in batches:
             progress(f"{context} tokens x {batch}: reading the prompt")
@@ -122,9 +107,8 @@ def bench_decode(
             progress(f"{context} tokens x {batch}: measuring")
             machine = measure_machine(llm.model.dtype)
             times = interleaved(running, lambda engine: engine.decode(7), rounds, steps=4)
-            rows = llm.attention.rows_read(context)
             for engine in running:
-                cost = weights_cost(shape, batch) + attention_cost(shape, rows).times(batch)
+                cost = weights_cost(shape, batch) + llm.attention.cost(shape, context).times(batch)
                 if engine is not own:  # its own weights; every peer here reads all rows
                     rest = attention_cost(shape, context)
                     cost = Cost(weights_cost(shape, 1).flops + rest.flops, engine.weight_bytes + rest.bytes)
@@ -141,7 +125,7 @@ def bench_prefill(
     for name, make in peers.items():
         progress(f"loading {name}")
         engines.append(make())
-    shape = model_shape(llm)
+    shape = llm.runner.shape
     for length in lengths:
         ids = prompt(llm, length)
         machine = measure_machine(llm.model.dtype)

@@ -25,6 +25,16 @@ class Visibility:
     sinks: int
 
 
+@dataclass(frozen=True)
+class SparseReading:
+    """What one new token reads: an index's choice of `budget` tokens a query head before position `end`, and all rows
+    outside of what the index covers. In layers that the index does not cover, and in those with a sliding window, all."""
+
+    index: _native.Index
+    end: int
+    budget: int
+
+
 class AttentionPlan:
     """What one forward pass reads, worked out once and used by every layer.
 
@@ -53,8 +63,9 @@ class AttentionPlan:
         past: int,
         segments: list[tuple[torch.Tensor, int]],
         visibility: Visibility | None = None,
+        sparse: SparseReading | None = None,
     ) -> None:
-        """A sequence of `past` cached tokens and `queries` new ones.
+        """A sequence of `past` cached tokens and `queries` new ones (one if it is read sparsely).
 
         segments: `(data [layers, 2, kv_heads, capacity, head_dim], used rows)` in order of position; the used rows of
         the last one count the new tokens, whose keys and values `attend` writes there.
@@ -67,7 +78,8 @@ class AttentionPlan:
             runs.append((data.data_ptr(), data.shape[3], start, start + used))
             start += used
         window, sinks = (visibility.window, visibility.sinks) if visibility else (0, 0)
-        self.native.add(queries, past, window, sinks, runs)
+        index, end, budget = (sparse.index, sparse.end, sparse.budget) if sparse else (None, 0, 0)
+        self.native.add(queries, past, window, sinks, runs, index, end, budget)
         self.tokens += queries
 
     def rows_read(self, layer_window: int = 0) -> int:

@@ -39,7 +39,7 @@ def weights_cost(shape: ModelShape, tokens: int) -> Cost:
     return Cost(2.0 * shape.weight_count * tokens, shape.weight_bytes)
 
 
-def attention_cost(shape: ModelShape, rows: int, queries: int = 1) -> Cost:
+def attention_cost(shape: ModelShape, rows: float, queries: int = 1) -> Cost:
     """All layers' attention of `queries` tokens to `rows` cached rows each; the rows are read once for all of them."""
     flops = 4.0 * shape.layers * shape.q_heads * shape.head_dim * rows * queries
     return Cost(flops, float(rows * shape.kv_bytes_per_token))

@@ -1,0 +1,14 @@
+from dataclasses import dataclass
+from typing import ClassVar
+
+from thresher.attention.sign import Sign
+
+
+@dataclass(frozen=True)
+class Auto(Sign):
+    """The preset that the measurements favour: `sign` ranking, the group's union, a tail of centroids (docs/results.md)."""
+
+    name: ClassVar[str] = "auto"
+
+    budget: float = 96
+    tail: int = 64

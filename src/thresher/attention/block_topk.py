@@ -1,0 +1,42 @@
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from thresher.attention.quest import check_unit
+from thresher.attention.sparse import BudgetMethod, Rank, Shape
+
+
+@dataclass(frozen=True)
+class BlockTopK(BudgetMethod):
+    """Blocks of tokens ranked by their mean key, one choice for all query heads of a KV head; Kinetics, section 4.
+
+    block: tokens of a block, a divisor of 64.
+    """
+
+    name: ClassVar[str] = "block_topk"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2506.05333"
+    rank: ClassVar[Rank] = Rank.ROWS
+    shared: ClassVar[bool] = True
+
+    block: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_unit(self.name, "block", self.block)
+
+    def index_key(self) -> str:
+        return f"block={self.block},{super().index_key()}"
+
+    def build(
+        self, keys: torch.Tensor, values: torch.Tensor, frozen: dict[str, torch.Tensor], shape: Shape
+    ) -> dict[str, torch.Tensor]:
+        mean = keys.unflatten(1, (-1, self.block)).float().mean(dim=2)
+        return {"rows": mean.to(shape.dtype)} | super().build(keys, values, frozen, shape)
+
+    def parameters(self, shape: Shape) -> dict[str, Any]:
+        return super().parameters(shape) | {"unit": self.block}
+
+    def index_bytes(self, candidates: int, shape: Shape) -> float:
+        means = candidates / self.block * shape.heads.head_dim * shape.dtype.itemsize
+        return means + super().index_bytes(candidates, shape)

@@ -1,0 +1,51 @@
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from thresher.attention.sparse import GROUP, Rank, Shape, SparseMethod
+from thresher.attention.tail import cluster_rows
+from thresher.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Clusters(SparseMethod):
+    """Clusters of keys ranked by their centroids; the best are read, the others answered by centroid; RetroInfer, section 3.
+
+    budget: tokens that a query head's clusters may hold, or below 1 a share of the context. tokens: of a cluster, on average.
+    """
+
+    name: ClassVar[str] = "clusters"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2505.02922"
+    rank: ClassVar[Rank] = Rank.CLUSTERS
+
+    budget: float = 256
+    tokens: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.budget > 0:
+            raise UsageError(f"clusters, budget={self.budget}: give tokens, or a share of the context below 1")
+        if not 1 <= self.tokens <= GROUP:
+            raise UsageError(f"clusters, tokens={self.tokens}: give 1 to {GROUP} tokens a cluster")
+
+    def index_key(self) -> str:
+        return f"clusters,tokens={self.tokens},sinks={self.sinks}"
+
+    def budget_tokens(self, context: int) -> int:
+        return int(self.budget) if self.budget >= 1 else max(1, round(self.budget * context))
+
+    def build(
+        self, keys: torch.Tensor, values: torch.Tensor, frozen: dict[str, torch.Tensor], shape: Shape
+    ) -> dict[str, torch.Tensor]:
+        arrays = cluster_rows(keys, values, max(1, keys.shape[1] // self.tokens))
+        means = arrays["sums"][:, :, 0] / arrays["counts"].clamp(min=1)[..., None]
+        return arrays | {"rows": means.to(shape.dtype)}
+
+    def parameters(self, shape: Shape) -> dict[str, Any]:
+        return super().parameters(shape) | {"tail": True}
+
+    def index_bytes(self, candidates: int, shape: Shape) -> float:
+        dim = shape.heads.head_dim
+        clusters = candidates / self.tokens
+        return clusters * (dim * shape.dtype.itemsize + 2 * dim * 4 + 4) + 2 * candidates  # and which cluster is whose

@@ -1,0 +1,185 @@
+"""The index of one sequence: what a sparse method knows of the cached keys, in blocks that never change once built."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from thresher.attention.snapkv import SnapKV, pack_marks
+from thresher.attention.sparse import GROUP, Shape, SparseMethod
+from thresher.cache.sequence import KVSequence
+from thresher.kernels import _native
+from thresher.kernels.attention import SparseReading
+
+_PIECE = 1 << 24  # numbers of keys that are looked at together when a block is built
+
+Queries = Callable[[int], torch.Tensor]  # the last n queries of the sequence, [layers, n, q_heads, head_dim]
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Positions [begin, end) and the arrays of the method for them, `[indexed layers * kv_heads, ...]` each."""
+
+    begin: int
+    end: int
+    arrays: dict[str, torch.Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.arrays.values())
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What sparse layers have read since the counters were cleared.
+
+    readings: KV heads of layers times steps. rows: read for them. head_rows: weighed, summed over query heads. entries: of
+    hash buckets touched. checked, escalated: outputs with an error estimate, and how many of them were answered densely.
+    """
+
+    readings: int
+    rows: int
+    head_rows: int
+    entries: int
+    checked: int
+    escalated: int
+
+
+class Index:
+    """Blocks cover positions from the sinks on, in whole groups of 64. What comes after them is read exactly, until it is
+    more than the window and enough for a block. Blocks of equal size are merged, so there are few. A fork shares them.
+    """
+
+    def __init__(self, method: SparseMethod, shape: Shape, layers: int) -> None:
+        """Raises UsageError if the method does not run with such heads."""
+        method.check(shape)
+        self.shape = shape
+        dense = method.dense_layer_numbers()
+        self.layers = [n for n in range(layers) if n not in dense]
+        self._slots = [self.layers.index(n) if n in self.layers else -1 for n in range(layers)]
+        self.frozen: dict[str, torch.Tensor] = {}
+        self.blocks: list[Block] = []
+        self.method = method
+        self._kept: list[torch.Tensor] = []
+        self._make_native()
+
+    def fork(self) -> "Index":
+        other = Index(self.method, self.shape, len(self._slots))
+        other.frozen = self.frozen
+        other.blocks = list(self.blocks)
+        other._make_native()
+        return other
+
+    def serves(self, method: SparseMethod) -> bool:
+        """Whether this index is one for the method, whatever its other parameters."""
+        same = method.index_key() == self.method.index_key() and method.sinks == self.method.sinks
+        return same and method.dense_layer_numbers() == self.method.dense_layer_numbers()
+
+    def use(self, method: SparseMethod) -> None:
+        """Go on with another method that the index serves."""
+        if method != self.method:
+            self.method = method
+            self._native.set_method(self._parameters())
+
+    @property
+    def covered(self) -> int:
+        """Position after the last block."""
+        return self.blocks[-1].end if self.blocks else self.method.sinks
+
+    @property
+    def bytes(self) -> int:
+        return sum(b.bytes for b in self.blocks) + sum(t.numel() * t.element_size() for t in self.frozen.values())
+
+    def crop(self, length: int) -> None:
+        """Forget blocks that reach beyond `length` tokens; the rest of their rows is read exactly until it is built anew."""
+        kept = [b for b in self.blocks if b.end <= length]
+        if len(kept) < len(self.blocks):
+            self.blocks = kept
+            self._hand_over()
+
+    def extend(self, sequence: KVSequence, queries: Queries) -> None:
+        """Build blocks of all whole groups that lie before the window."""
+        if not self.method.indexed or (self.blocks and not self.method.grows):
+            return
+        before = len(self.blocks), self.covered
+        while (n := (sequence.length - self.method.window - self.covered) // GROUP * GROUP) > 0:
+            n = min(n, self.method.segment)
+            self.blocks.append(self._build(sequence, self.covered, self.covered + n, queries))
+            while len(self.blocks) > 1 and self._mergeable(*self.blocks[-2:]):
+                first, second = self.blocks[-2:]
+                self.blocks[-2:] = [self._build(sequence, first.begin, second.end, queries)]
+            if not self.method.grows:
+                break
+        if before != (len(self.blocks), self.covered):
+            self._hand_over()
+
+    def reading(self, length: int) -> SparseReading | None:
+        """How the next token reads `length` cached ones; None if there is nothing to choose from."""
+        begin = self.method.sinks
+        end = self.covered if self.method.indexed else max(begin, length - self.method.window)
+        if end <= begin:
+            return None
+        return SparseReading(self._native, end, self.method.budget_tokens(length))
+
+    def readings(self) -> Readings:
+        return Readings(*self._native.counters())
+
+    def clear_readings(self) -> None:
+        self._native.clear_counters()
+
+    def _mergeable(self, first: Block, second: Block) -> bool:
+        size = first.end - first.begin
+        return second.end - second.begin == size and 2 * size <= self.method.segment
+
+    def _build(self, sequence: KVSequence, begin: int, end: int, queries: Queries) -> Block:
+        """Some layers at a time, as their keys are copied."""
+        heads, n = self.shape.heads, end - begin
+        step = max(1, _PIECE // (n * heads.kv_heads * heads.head_dim))
+        pieces: list[dict[str, torch.Tensor]] = []
+        settled: list[dict[str, torch.Tensor]] = []
+        for at in range(0, len(self.layers), step):
+            chosen = self.layers[at : at + step]
+            rows = sequence.rows(begin, end, chosen)
+            keys, values = (rows[:, i].flatten(0, 1) for i in (0, 1))
+            planes = slice(at * heads.kv_heads, (at + len(chosen)) * heads.kv_heads)
+            if self.frozen:
+                frozen = {name: t[planes] for name, t in self.frozen.items()}
+            else:
+                frozen = self.method.freeze(keys, self.shape)
+                settled.append(frozen)
+            arrays = self.method.build(keys, values, frozen, self.shape)
+            if isinstance(self.method, SnapKV):
+                marks = self.method.choose(queries, keys, sequence.length, chosen, self.shape)
+                arrays = arrays | {"keep": pack_marks(marks)}
+            pieces.append(arrays)
+        if settled:
+            self.frozen = _join(settled)
+        return Block(begin, end, _join(pieces))
+
+    def _parameters(self) -> dict[str, Any]:
+        parameters = self.method.parameters(self.shape)
+        self._kept = [v for v in parameters.values() if isinstance(v, torch.Tensor)]
+        return {k: v.data_ptr() if isinstance(v, torch.Tensor) else v for k, v in parameters.items()}
+
+    def _make_native(self) -> None:
+        mean = self.frozen.get("mean")
+        self._native = _native.Index(
+            self._parameters(), self._slots, 0 if mean is None else mean.data_ptr(), self.method.sinks
+        )
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        if "mean" in self.frozen:
+            self._native.set_mean(self.frozen["mean"].data_ptr())
+        self._native.set_blocks([(b.begin, b.end, _addresses(b)) for b in self.blocks])
+
+
+def _addresses(block: Block) -> dict[str, int]:
+    sizes = {"rows": "units", "counts": "clusters"}
+    counts = {sizes[name]: t.shape[1] for name, t in block.arrays.items() if name in sizes}
+    return {name: t.data_ptr() for name, t in block.arrays.items()} | counts
+
+
+def _join(pieces: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([p[name] for p in pieces]).contiguous() for name in pieces[0]} if pieces else {}

@@ -1,0 +1,43 @@
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from thresher.attention.sparse import Rank, Shape, SparseMethod, Take
+from thresher.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Sample(SparseMethod):
+    """Oracle sampling: draws rows by their exact attention weights and averages their values; MagicPIG, section 3.
+
+    draws: independent draws of a query head among the rows between sinks and window (which are weighed exactly, as is the
+    total weight of the others); below 1 a share of the context. Unbiased. Reads all keys, so it is no faster than dense.
+    """
+
+    name: ClassVar[str] = "sample"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2410.16179"
+    rank: ClassVar[Rank] = Rank.KEYS
+    own: ClassVar[bool] = True
+
+    draws: float = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.draws > 0:
+            raise UsageError(f"sample, draws={self.draws}: give a number of draws, or a share of the context below 1")
+
+    @property
+    def indexed(self) -> bool:
+        return False
+
+    def index_key(self) -> str:
+        return f"sinks={self.sinks}"
+
+    def budget_tokens(self, context: int) -> int:
+        return int(self.draws) if self.draws >= 1 else max(1, round(self.draws * context))
+
+    def parameters(self, shape: Shape) -> dict[str, Any]:
+        return super().parameters(shape) | {"take": Take.DRAW, "seed": self.seed}
+
+    def index_bytes(self, candidates: int, shape: Shape) -> float:
+        return candidates * shape.heads.head_dim * shape.dtype.itemsize

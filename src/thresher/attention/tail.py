@@ -1,0 +1,56 @@
+"""Centroids of a block of keys: what answers for the rows that are not read, and what `clusters` ranks by."""
+
+import torch
+
+ROUNDS = 8  # of Lloyd's algorithm
+TOKENS_PER_CENTROID = 64  # at least, so that small blocks do not have as many centroids as large ones
+
+
+def cluster_count(wanted: int, tokens: int) -> int:
+    return max(1, min(wanted, tokens // TOKENS_PER_CENTROID))
+
+
+def cluster_rows(keys: torch.Tensor, values: torch.Tensor, clusters: int) -> dict[str, torch.Tensor]:
+    """k-means of the keys `[planes, n, head_dim]`, started from evenly spaced ones.
+
+    Returns float32 `sums` `[planes, clusters, 2, head_dim]` of the keys and values of each cluster, int32 `counts`
+    `[planes, clusters]`, and uint16 `assigned` `[planes, n]`.
+    """
+    x = keys.float()
+    planes, n, dim = x.shape
+    start = torch.linspace(0, n - 1, clusters).round().long() if clusters > 1 else torch.tensor([n // 2])
+    centroids = x[:, start]
+    offsets = torch.arange(planes)[:, None] * clusters
+    assigned = torch.zeros(planes, n, dtype=torch.int64)
+    for _ in range(ROUNDS if clusters > 1 else 1):
+        if clusters > 1:
+            # The nearest centroid: |x - c|^2 less the same |x|^2.
+            scores = torch.baddbmm(-0.5 * centroids.square().sum(-1)[:, None], x, centroids.transpose(1, 2))
+            assigned = scores.argmax(dim=-1)
+        flat = (assigned + offsets).flatten()
+        sums = torch.zeros(planes * clusters, dim).index_add_(0, flat, x.reshape(-1, dim))
+        counts = torch.bincount(flat, minlength=planes * clusters)
+        mean = (sums / counts.clamp(min=1)[:, None]).view(planes, clusters, dim)
+        centroids = torch.where(counts.view(planes, clusters, 1) > 0, mean, centroids)
+    value_sums = torch.zeros(planes * clusters, dim).index_add_(0, flat, values.float().reshape(-1, dim))
+    return {
+        "sums": torch.stack([sums, value_sums], dim=1).view(planes, clusters, 2, dim),
+        "counts": counts.view(planes, clusters).int(),
+        "assigned": assigned.to(torch.uint16),
+    }
+
+
+def reference_tail(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, assigned: torch.Tensor, read: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and values of the centroids of what is not read, in float64.
+
+    q `[heads, head_dim]`, keys and values `[n, head_dim]`, assigned int `[n]`, read bool `[n]`. Returns logits
+    `[heads, clusters]` (mean key . q * scale + log count, -inf where all is read) and mean values `[clusters, head_dim]`.
+    """
+    clusters = int(assigned.max()) + 1
+    member = torch.nn.functional.one_hot(assigned.long(), clusters).double() * ~read[:, None]
+    counts = member.sum(0)
+    mean_key = member.T @ keys.double() / counts.clamp(min=1)[:, None]
+    mean_value = member.T @ values.double() / counts.clamp(min=1)[:, None]
+    return q.double() @ mean_key.T * scale + counts.log(), mean_value
