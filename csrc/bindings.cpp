@@ -140,6 +140,7 @@ Method method_of(const nb::dict& from) {
   take(from, "own", m.own);
   take(from, "planes", m.planes);
   take_address(from, "directions", m.directions);
+  take(from, "directions_stride", m.directions_stride);
   take(from, "bits", m.bits);
   take(from, "tables", m.tables);
   take_address(from, "log_u", m.log_u);
@@ -165,7 +166,7 @@ Block block_of(int64_t begin, int64_t end, const nb::dict& from) {
   take_address(from, "ids", b.ids);
   take_address(from, "norms", b.norms);
   take_address(from, "keep", b.keep);
-  take_address(from, "sums", b.sums);
+  take_address(from, "means", b.means);
   take_address(from, "counts", b.counts);
   take_address(from, "assigned", b.assigned);
   return b;

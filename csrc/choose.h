@@ -157,7 +157,8 @@ void prepare_item(const Attention& args, const SparseItem& item, Scratch& s) {
   char* to = sparse.queries + item.head * ranking_query_bytes;
   if (m.rank == Rank::signs) {
     alignas(64) float x[most_directions];
-    project_rows<E>(1, q, dim, m.directions, m.planes,
+    const char* directions = (const char*)m.directions + plane_of(args, sparse, kv_head) * m.directions_stride;
+    project_rows<E>(1, q, dim, directions, m.planes,
                     [&](int64_t p, const float* part) { __builtin_memcpy(x + p * panel, part, panel * 4); });
     float top = 0;
     for (int j = 0; j < m.planes; ++j) {

@@ -320,7 +320,7 @@ struct Gather {
     for (int i = 0; i < sparse.block_count; ++i) {
       const Block& b = sparse.blocks[i];
       const int64_t n = b.end - b.begin;
-      const float* sums = b.sums + plane * b.clusters * both;
+      const Value* means = (const Value*)b.means + plane * b.clusters * both;
       const int32_t* counts = b.counts + plane * b.clusters;
       const uint16_t* assigned = b.assigned + plane * n;
       __builtin_memset(s.removed, 0, size_t(b.clusters * both) * sizeof(float));
@@ -344,17 +344,22 @@ struct Gather {
           }
           ++s.removed_counts[c];
         }
-      // Means of what is left take the place of the sums of what was read.
+      // Means of what is left take the place of the sums of what was read. Where little is left, rounding of the whole
+      // mean would be all of it: there the whole mean stands for the rest.
       float top[most_group];
       for (int64_t g = 0; g < group; ++g) top[g] = -infinity();
       for (int64_t c = 0; c < b.clusters; ++c) {
         const int32_t left = counts[c] - s.removed_counts[c];
         float* mean = s.removed + c * both;
-        const float* sum_of = sums + c * both;
+        const Value* whole = means + c * both;
         for (int64_t g = 0; g < group; ++g) s.cluster_scores[g * b.clusters + c] = -infinity();
         if (left <= 0) continue;
-        const float inverse = 1 / float(left), log_left = float(__builtin_log2(double(left)));
-        for (int64_t d = 0; d < both; ++d) mean[d] = (sum_of[d] - mean[d]) * inverse;
+        const float log_left = float(__builtin_log2(double(left)));
+        const bool few = 8 * int64_t(left) < counts[c];
+        const float a = few ? 1 : float(counts[c]) / float(left), b_ = few ? 0 : 1 / float(left);
+        int64_t e = 0;
+        for (; e + W <= both; e += W) store(mean + e, E::get_vector(whole + e) * a - load<vf>(mean + e) * b_);
+        for (; e < both; ++e) mean[e] = E::get(whole + e) * a - mean[e] * b_;
         for (int64_t g = 0; g < group; ++g) {
           const Value* q = (const Value*)s.queries + g * dim;
           vf dots = {};

@@ -69,7 +69,8 @@ struct Method {
   bool tail;              // what is not read is answered by its clusters
   bool own;               // a query head weighs only what it chose itself, not all that its group reads
   int32_t planes;         // signs: bits; tables: K * L
-  const void* directions; // [planes, head_dim], packed like a linear layer
+  const void* directions; // what queries are projected on: [planes, head_dim], packed like a linear layer
+  int64_t directions_stride;  // bytes to those of the next (indexed layer, KV head); 0: the same for all
   int32_t bits, tables;   // K, L
   const float* log_u;     // tables: log2 of the inclusion probability at log_u_count cosines from -1 to 1
   int32_t log_u_count;
@@ -92,7 +93,7 @@ struct Block {
   const float* norms;        // [n] of the centred keys
   const uint64_t* keep;      // [n / 64]
   int64_t clusters;
-  const float* sums;         // [clusters, 2, head_dim]: of the keys and values of each cluster
+  const void* means;         // [clusters, 2, head_dim]: of the keys and values of each cluster
   const int32_t* counts;     // [clusters]
   const uint16_t* assigned;  // [n]: cluster of each token
 };

@@ -34,8 +34,8 @@ class BlockTopK(BudgetMethod):
         mean = keys.unflatten(1, (-1, self.block)).float().mean(dim=2)
         return {"rows": mean.to(shape.dtype)} | super().build(keys, values, frozen, shape)
 
-    def parameters(self, shape: Shape) -> dict[str, Any]:
-        return super().parameters(shape) | {"unit": self.block}
+    def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
+        return super().parameters(shape, frozen) | {"unit": self.block}
 
     def index_bytes(self, candidates: int, shape: Shape) -> float:
         means = candidates / self.block * shape.heads.head_dim * shape.dtype.itemsize

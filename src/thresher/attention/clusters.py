@@ -39,13 +39,12 @@ class Clusters(SparseMethod):
         self, keys: torch.Tensor, values: torch.Tensor, frozen: dict[str, torch.Tensor], shape: Shape
     ) -> dict[str, torch.Tensor]:
         arrays = cluster_rows(keys, values, max(1, keys.shape[1] // self.tokens))
-        means = arrays["sums"][:, :, 0] / arrays["counts"].clamp(min=1)[..., None]
-        return arrays | {"rows": means.to(shape.dtype)}
+        return arrays | {"rows": arrays["means"][:, :, 0].contiguous()}
 
-    def parameters(self, shape: Shape) -> dict[str, Any]:
-        return super().parameters(shape) | {"tail": True}
+    def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
+        return super().parameters(shape, frozen) | {"tail": True}
 
     def index_bytes(self, candidates: int, shape: Shape) -> float:
         dim = shape.heads.head_dim
         clusters = candidates / self.tokens
-        return clusters * (dim * shape.dtype.itemsize + 2 * dim * 4 + 4) + 2 * candidates  # and which cluster is whose
+        return clusters * (3 * dim * shape.dtype.itemsize + 4) + 2 * candidates  # and which cluster is whose

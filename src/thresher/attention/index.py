@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from thresher.attention.snapkv import SnapKV, pack_marks
-from thresher.attention.sparse import GROUP, Shape, SparseMethod
+from thresher.attention.sparse import GROUP, RECENT_QUERIES, Shape, SparseMethod
 from thresher.cache.sequence import KVSequence
 from thresher.kernels import _native
 from thresher.kernels.attention import SparseReading
@@ -146,7 +146,7 @@ class Index:
             if self.frozen:
                 frozen = {name: t[planes] for name, t in self.frozen.items()}
             else:
-                frozen = self.method.freeze(keys, self.shape)
+                frozen = self.method.freeze(keys, lambda: self._group_queries(queries, chosen), self.shape)  # noqa: B023
                 settled.append(frozen)
             arrays = self.method.build(keys, values, frozen, self.shape)
             if isinstance(self.method, SnapKV):
@@ -157,8 +157,19 @@ class Index:
             self.frozen = _join(settled)
         return Block(begin, end, _join(pieces))
 
+    def _group_queries(self, queries: Queries, layers: list[int]) -> torch.Tensor:
+        """Recent queries of each KV head's group, `[planes, m, head_dim]`."""
+        heads = self.shape.heads
+        q = queries(RECENT_QUERIES)[layers].float()
+        return (
+            q.view(len(layers), -1, heads.kv_heads, self.shape.group, heads.head_dim)
+            .transpose(1, 2)
+            .flatten(2, 3)
+            .flatten(0, 1)
+        )
+
     def _parameters(self) -> dict[str, Any]:
-        parameters = self.method.parameters(self.shape)
+        parameters = self.method.parameters(self.shape, self.frozen)
         self._kept = [v for v in parameters.values() if isinstance(v, torch.Tensor)]
         return {k: v.data_ptr() if isinstance(v, torch.Tensor) else v for k, v in parameters.items()}
 
@@ -170,6 +181,7 @@ class Index:
         self._hand_over()
 
     def _hand_over(self) -> None:
+        self._native.set_method(self._parameters())
         if "mean" in self.frozen:
             self._native.set_mean(self.frozen["mean"].data_ptr())
         self._native.set_blocks([(b.begin, b.end, _addresses(b)) for b in self.blocks])

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from thresher.attention.sparse import Rank, Shape, SparseMethod
+from thresher.attention.sparse import Planes, Rank, Shape, SparseMethod
 from thresher.errors import UsageError
 from thresher.kernels.hashing import MOST_DIRECTIONS, lsh_codes, lsh_tables, project
 from thresher.kernels.linear import PackedLinear, pack_linear
@@ -53,7 +53,7 @@ class LSH(SparseMethod):
     def index_key(self) -> str:
         return f"lsh,K={self.K},L={self.L},seed={self.seed},sinks={self.sinks}"
 
-    def freeze(self, keys: torch.Tensor, shape: Shape) -> dict[str, torch.Tensor]:
+    def freeze(self, keys: torch.Tensor, queries: Planes, shape: Shape) -> dict[str, torch.Tensor]:
         return {"mean": keys.float().mean(dim=1)}
 
     def build(
@@ -66,8 +66,8 @@ class LSH(SparseMethod):
         heads, ids = lsh_tables(codes, self.K)
         return {"heads": heads, "ids": ids, "norms": norms}
 
-    def parameters(self, shape: Shape) -> dict[str, Any]:
-        return super().parameters(shape) | {
+    def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
+        return super().parameters(shape, frozen) | {
             "planes": max(1, self.K * self.L),
             "directions": self._directions(shape).data,
             "bits": self.K,

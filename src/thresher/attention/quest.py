@@ -33,8 +33,8 @@ class Quest(BudgetMethod):
         least, greatest = keys.unflatten(1, (-1, self.page)).aminmax(dim=2)
         return {"rows": torch.cat([least, greatest], dim=-1)} | super().build(keys, values, frozen, shape)
 
-    def parameters(self, shape: Shape) -> dict[str, Any]:
-        return super().parameters(shape) | {"unit": self.page, "row_dim": 2 * shape.heads.head_dim}
+    def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
+        return super().parameters(shape, frozen) | {"unit": self.page, "row_dim": 2 * shape.heads.head_dim}
 
     def index_bytes(self, candidates: int, shape: Shape) -> float:
         bounds = candidates / self.page * 2 * shape.heads.head_dim * shape.dtype.itemsize

@@ -1,6 +1,8 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from thresher.attention.sparse import Rank, Shape, SparseMethod, Take
 from thresher.errors import UsageError
 
@@ -36,8 +38,8 @@ class Sample(SparseMethod):
     def budget_tokens(self, context: int) -> int:
         return int(self.draws) if self.draws >= 1 else max(1, round(self.draws * context))
 
-    def parameters(self, shape: Shape) -> dict[str, Any]:
-        return super().parameters(shape) | {"take": Take.DRAW, "seed": self.seed}
+    def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
+        return super().parameters(shape, frozen) | {"take": Take.DRAW, "seed": self.seed}
 
     def index_bytes(self, candidates: int, shape: Shape) -> float:
         return candidates * shape.heads.head_dim * shape.dtype.itemsize

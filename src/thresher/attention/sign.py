@@ -4,7 +4,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from thresher.attention.sparse import BudgetMethod, Rank, Shape
+from thresher.attention.sparse import BudgetMethod, Planes, Rank, Shape
+from thresher.attention.tail import query_stretch
 from thresher.errors import UsageError
 from thresher.kernels.hashing import MOST_SIGNS, interleave_signs, project
 from thresher.kernels.linear import PackedLinear, pack_linear
@@ -14,8 +15,9 @@ from thresher.kernels.linear import PackedLinear, pack_linear
 class Sign(BudgetMethod):
     """Ranks all keys by one bit a direction against the unrounded query, then reads the best; RaBitQ's estimator, section 3.
 
-    A key, centred, is kept as the signs of its products with orthonormal directions and one factor |k|^2 / sum |products|:
-    8 bytes and one for 64 bits, read in order. bits: directions, a multiple of 32.
+    A key, centred and stretched along the directions that queries have, is kept as the signs of its products with
+    orthonormal directions and one factor |k|^2 / sum |products|: 8 bytes and one for 64 bits, read in order. The query is
+    shrunk as the keys are stretched. bits: directions, a multiple of 32.
     """
 
     name: ClassVar[str] = "sign"
@@ -32,20 +34,23 @@ class Sign(BudgetMethod):
     def index_key(self) -> str:
         return f"{signs_key(self.bits, self.seed)},{super().index_key()}"
 
-    def freeze(self, keys: torch.Tensor, shape: Shape) -> dict[str, torch.Tensor]:
-        return freeze_signs(keys, self.bits, self.seed, shape)
+    def freeze(self, keys: torch.Tensor, queries: Planes, shape: Shape) -> dict[str, torch.Tensor]:
+        return super().freeze(keys, queries, shape) | freeze_signs(keys, queries(), self.bits, self.seed, shape)
 
     def build(
         self, keys: torch.Tensor, values: torch.Tensor, frozen: dict[str, torch.Tensor], shape: Shape
     ) -> dict[str, torch.Tensor]:
-        signs = build_signs(keys, frozen, self.bits, self.seed, shape)
+        signs = build_signs(keys, frozen, self.bits, self.seed)
         return signs | super().build(keys, values, frozen, shape)
 
-    def parameters(self, shape: Shape) -> dict[str, Any]:
-        return super().parameters(shape) | sign_parameters(self.bits, self.seed, shape)
+    def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
+        return super().parameters(shape, frozen) | sign_parameters(self.bits, frozen)
 
     def index_bytes(self, candidates: int, shape: Shape) -> float:
-        return candidates * (self.bits / 8 + 1) + super().index_bytes(candidates, shape)
+        return sign_bytes(candidates, self.bits, shape) + super().index_bytes(candidates, shape)
+
+
+STRETCH = 0.15  # power of the queries' second moment (docs/results.md)
 
 
 def check_bits(name: str, bits: int) -> None:
@@ -70,29 +75,42 @@ def packed_directions(count: int, dim: int, seed: int, dtype: torch.dtype) -> Pa
     return pack_linear([orthonormal_directions(count, dim, seed)], dtype)
 
 
-def sign_parameters(bits: int, seed: int, shape: Shape) -> dict[str, Any]:
-    directions = packed_directions(bits, shape.heads.head_dim, seed, shape.dtype)
-    return {"planes": bits, "directions": directions.data}
+def sign_parameters(bits: int, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
+    if "directions" not in frozen:
+        return {"planes": bits}
+    directions = frozen["directions"]
+    return {"planes": bits, "directions": directions, "directions_stride": directions[0].numel() * directions.itemsize}
 
 
-def freeze_signs(keys: torch.Tensor, bits: int, seed: int, shape: Shape) -> dict[str, torch.Tensor]:
-    """The mean that keys are centred by, and the largest factor, `[planes, head_dim]` and `[planes]`."""
-    mean = keys.float().mean(dim=1)
-    _, factors = _signs(keys, mean, bits, seed, shape)
-    return {"mean": mean, "largest": factors.amax(dim=1).clamp(min=1e-30)}
+def sign_bytes(candidates: int, bits: int, shape: Shape) -> float:
+    """Signs and factors, and the directions of the queries."""
+    return candidates * (bits / 8 + 1) + bits * shape.heads.head_dim * shape.dtype.itemsize
 
 
-def build_signs(
-    keys: torch.Tensor, frozen: dict[str, torch.Tensor], bits: int, seed: int, shape: Shape
+def freeze_signs(
+    keys: torch.Tensor, queries: torch.Tensor, bits: int, seed: int, shape: Shape
 ) -> dict[str, torch.Tensor]:
-    signs, factors = _signs(keys, frozen["mean"], bits, seed, shape)
+    """What keys are centred by, `mean` `[planes, head_dim]`, stretched by, `sign_stretch` `[planes, head_dim, head_dim]`, the
+    `largest` factor `[planes]`, and the packed `directions` that the shrunk query is projected on."""
+    rotation = orthonormal_directions(bits, shape.heads.head_dim, seed)
+    stretch = query_stretch(queries, STRETCH)
+    shrink = query_stretch(queries, -STRETCH)
+    directions = [pack_linear([rotation @ plane], shape.dtype).data for plane in shrink]
+    frozen = {"mean": keys.float().mean(dim=1), "sign_stretch": stretch}
+    _, factors = _signs(keys, frozen, bits, seed)
+    return frozen | {"largest": factors.amax(dim=1).clamp(min=1e-30), "directions": torch.stack(directions)}
+
+
+def build_signs(keys: torch.Tensor, frozen: dict[str, torch.Tensor], bits: int, seed: int) -> dict[str, torch.Tensor]:
+    signs, factors = _signs(keys, frozen, bits, seed)
     rounded = (factors / frozen["largest"][:, None] * 255).round().clamp(0, 255).to(torch.uint8)
     return {"signs": interleave_signs(signs, bits), "factors": rounded}
 
 
 def _signs(
-    keys: torch.Tensor, mean: torch.Tensor, bits: int, seed: int, shape: Shape
+    keys: torch.Tensor, frozen: dict[str, torch.Tensor], bits: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    directions = packed_directions(bits, shape.heads.head_dim, seed, shape.dtype)
-    signs, norms, absolute = project(keys, mean, directions)
+    stretched = torch.bmm(keys.float() - frozen["mean"][:, None], frozen["sign_stretch"]).to(keys.dtype)
+    directions = packed_directions(bits, keys.shape[2], seed, keys.dtype)
+    signs, norms, absolute = project(stretched, torch.zeros(keys.shape[0], keys.shape[2]), directions)
     return signs, norms.square() / absolute.clamp(min=1e-30)

@@ -1,5 +1,6 @@
 """What all sparse methods share: rows that are read in any case, layers that stay dense, an index, and a cost."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from functools import lru_cache
@@ -8,11 +9,14 @@ from typing import Any, ClassVar
 import torch
 
 from thresher.attention.base import AttentionMethod
-from thresher.attention.tail import cluster_count, cluster_rows
+from thresher.attention.tail import cluster_count, cluster_rows, query_stretch
 from thresher.errors import UsageError
 from thresher.kernels.attention import Heads
 from thresher.machine.cost import Cost, ModelShape, attention_cost
 
+Planes = Callable[[], torch.Tensor]
+
+RECENT_QUERIES = 256  # tokens whose queries show what matters of a key
 GROUP = 64  # tokens: blocks of an index begin and end at multiples of this
 MOST_GROUP = 32  # query heads of a KV head
 
@@ -99,10 +103,10 @@ class SparseMethod(AttentionMethod):
         """Methods with the same key can use each other's index."""
         raise NotImplementedError
 
-    def freeze(self, keys: torch.Tensor, shape: Shape) -> dict[str, torch.Tensor]:
+    def freeze(self, keys: torch.Tensor, queries: Planes, shape: Shape) -> dict[str, torch.Tensor]:
         """What the first keys `[planes, n, head_dim]` of a sequence settle for all later ones, `[planes, ...]` each.
 
-        A plane is one KV head of one layer.
+        A plane is one KV head of one layer. queries: gives the group's recent queries `[planes, m, head_dim]`.
         """
         return {}
 
@@ -112,7 +116,7 @@ class SparseMethod(AttentionMethod):
         """The arrays of a block, `[planes, ...]` each, from keys and values `[planes, n, head_dim]`; n a multiple of 64."""
         return {}
 
-    def parameters(self, shape: Shape) -> dict[str, Any]:
+    def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
         """What the kernels need to know: members of `Method` in csrc/kernels.h. Tensors stand for their addresses."""
         return {"rank": self.rank, "own": self.own, "shared": self.shared, "row_dim": shape.heads.head_dim}
 
@@ -123,7 +127,9 @@ class SparseMethod(AttentionMethod):
     def check(self, shape: Shape) -> None:
         """Raises UsageError if the method cannot run with such heads."""
         if shape.group > MOST_GROUP:
-            raise UsageError(f"{self.name}: {shape.group} query heads to a KV head; at most {MOST_GROUP} can share a reading")
+            raise UsageError(
+                f"{self.name}: {shape.group} query heads to a KV head; at most {MOST_GROUP} can share a reading"
+            )
 
     # Cost ------------------------------------------------------------------------------------------------------------
 
@@ -178,7 +184,9 @@ class SparseMethod(AttentionMethod):
         except ValueError:
             numbers = (-1,)
         if min(numbers) < 0:
-            raise UsageError(f"{self.name}, dense_layers={self.dense_layers}: give numbers of layers as in 0+1, or none")
+            raise UsageError(
+                f"{self.name}, dense_layers={self.dense_layers}: give numbers of layers as in 0+1, or none"
+            )
         return numbers
 
 
@@ -212,23 +220,37 @@ class BudgetMethod(SparseMethod):
     def index_key(self) -> str:
         return f"{self.name},sinks={self.sinks},tail={self.tail}"
 
-    def parameters(self, shape: Shape) -> dict[str, Any]:
+    def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
         own = not self.union and not self.shared
-        return super().parameters(shape) | {"own": own, "tail": self.tail > 0}
+        return super().parameters(shape, frozen) | {"own": own, "tail": self.tail > 0}
+
+    def freeze(self, keys: torch.Tensor, queries: Planes, shape: Shape) -> dict[str, torch.Tensor]:
+        return {"stretch": query_stretch(queries(), 0.5)} if self.tail else {}
 
     def build(
         self, keys: torch.Tensor, values: torch.Tensor, frozen: dict[str, torch.Tensor], shape: Shape
     ) -> dict[str, torch.Tensor]:
-        return cluster_rows(keys, values, cluster_count(self.tail, keys.shape[1])) if self.tail else {}
+        return tail_rows(self.tail, keys, values, frozen)
 
     def index_bytes(self, candidates: int, shape: Shape) -> float:
         blocks = -(-candidates // self.segment)
-        return min(self.tail * blocks, candidates / GROUP) * (2 * shape.heads.head_dim * 4 + 4) if self.tail else 0.0
+        return min(self.tail * blocks, candidates / GROUP) * centroid_bytes(shape) if self.tail else 0.0
 
 
 def union_factor(group: int) -> float:
     """Rows that a group reads for each that one of its query heads chooses: 2.0 for three heads (docs/results.md)."""
     return 1 + 0.5 * (group - 1)
+
+
+def centroid_bytes(shape: Shape) -> int:
+    return 2 * shape.heads.head_dim * shape.dtype.itemsize + 4
+
+
+def tail_rows(
+    wanted: int, keys: torch.Tensor, values: torch.Tensor, frozen: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The arrays of a tail of `wanted` centroids a block, none if 0."""
+    return cluster_rows(keys, values, cluster_count(wanted, keys.shape[1]), frozen["stretch"]) if wanted else {}
 
 
 def shape_of(shape: ModelShape) -> Shape:

@@ -3,8 +3,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from thresher.attention.sparse import Shape, SparseMethod
-from thresher.attention.tail import cluster_count, cluster_rows
+from thresher.attention.sparse import Planes, Shape, SparseMethod, centroid_bytes, tail_rows
+from thresher.attention.tail import query_stretch
 from thresher.errors import UsageError
 from thresher.kernels.attention import Visibility
 from thresher.machine.cost import Cost, ModelShape, attention_cost
@@ -36,16 +36,19 @@ class Streaming(SparseMethod):
     def index_key(self) -> str:
         return f"streaming,sinks={self.sinks},tail={self.tail}"
 
+    def freeze(self, keys: torch.Tensor, queries: Planes, shape: Shape) -> dict[str, torch.Tensor]:
+        return {"stretch": query_stretch(queries(), 0.5)} if self.tail else {}
+
     def build(
         self, keys: torch.Tensor, values: torch.Tensor, frozen: dict[str, torch.Tensor], shape: Shape
     ) -> dict[str, torch.Tensor]:
-        return cluster_rows(keys, values, cluster_count(self.tail, keys.shape[1])) if self.tail else {}
+        return tail_rows(self.tail, keys, values, frozen)
 
-    def parameters(self, shape: Shape) -> dict[str, Any]:
-        return super().parameters(shape) | {"tail": self.tail > 0}
+    def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
+        return super().parameters(shape, frozen) | {"tail": self.tail > 0}
 
     def index_bytes(self, candidates: int, shape: Shape) -> float:
-        return self.tail * -(-candidates // self.segment) * (2 * shape.heads.head_dim * 4 + 4)
+        return self.tail * -(-candidates // self.segment) * centroid_bytes(shape)
 
     def cost(self, shape: ModelShape, context: int) -> Cost:
         if self.visibility():

@@ -10,13 +10,16 @@ def cluster_count(wanted: int, tokens: int) -> int:
     return max(1, min(wanted, tokens // TOKENS_PER_CENTROID))
 
 
-def cluster_rows(keys: torch.Tensor, values: torch.Tensor, clusters: int) -> dict[str, torch.Tensor]:
+def cluster_rows(
+    keys: torch.Tensor, values: torch.Tensor, clusters: int, stretch: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """k-means of the keys `[planes, n, head_dim]`, started from evenly spaced ones.
 
-    Returns float32 `sums` `[planes, clusters, 2, head_dim]` of the keys and values of each cluster, int32 `counts`
+    stretch `[planes, head_dim, head_dim]`: multiplies keys for the distances, see `query_stretch`. Returns `means`
+    `[planes, clusters, 2, head_dim]` of the keys and values of each cluster in their dtype, int32 `counts`
     `[planes, clusters]`, and uint16 `assigned` `[planes, n]`.
     """
-    x = keys.float()
+    x = keys.float() if stretch is None else torch.bmm(keys.float(), stretch)
     planes, n, dim = x.shape
     start = torch.linspace(0, n - 1, clusters).round().long() if clusters > 1 else torch.tensor([n // 2])
     centroids = x[:, start]
@@ -32,12 +35,26 @@ def cluster_rows(keys: torch.Tensor, values: torch.Tensor, clusters: int) -> dic
         counts = torch.bincount(flat, minlength=planes * clusters)
         mean = (sums / counts.clamp(min=1)[:, None]).view(planes, clusters, dim)
         centroids = torch.where(counts.view(planes, clusters, 1) > 0, mean, centroids)
-    value_sums = torch.zeros(planes * clusters, dim).index_add_(0, flat, values.float().reshape(-1, dim))
+    both = torch.stack([keys, values], dim=2).float().reshape(-1, 2 * dim)
+    sums = torch.zeros(planes * clusters, 2 * dim).index_add_(0, flat, both)
     return {
-        "sums": torch.stack([sums, value_sums], dim=1).view(planes, clusters, 2, dim),
+        "means": (sums / counts.clamp(min=1)[:, None]).view(planes, clusters, 2, dim).to(keys.dtype),
         "counts": counts.view(planes, clusters).int(),
         "assigned": assigned.to(torch.uint16),
     }
+
+
+def query_stretch(queries: torch.Tensor, power: float) -> torch.Tensor:
+    """Symmetric `[planes, head_dim, head_dim]`, the second moment of the queries `[planes, m, head_dim]` to the given power.
+
+    What matters of an error in a key is its product with queries: with power 1/2, distances of stretched keys are the mean
+    squared differences of their scores.
+    """
+    q = queries.float()
+    moment = torch.bmm(q.transpose(1, 2), q) / q.shape[1]
+    size, basis = torch.linalg.eigh(moment)
+    size = torch.maximum(size, 1e-3 * size[:, -1:]).clamp(min=1e-12)
+    return basis * size.pow(power)[:, None] @ basis.transpose(1, 2)
 
 
 def reference_tail(

@@ -4,8 +4,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from thresher.attention.sign import build_signs, check_bits, freeze_signs, sign_parameters, signs_key
-from thresher.attention.sparse import Rank, Shape, SparseMethod, Take
+from thresher.attention.sign import build_signs, check_bits, freeze_signs, sign_bytes, sign_parameters, signs_key
+from thresher.attention.sparse import Planes, Rank, Shape, SparseMethod, Take
 from thresher.errors import UsageError
 
 
@@ -44,20 +44,20 @@ class Verified(SparseMethod):
     def budget_tokens(self, context: int) -> int:
         return int(self.heavy) if self.heavy >= 1 else max(1, round(self.heavy * context))
 
-    def freeze(self, keys: torch.Tensor, shape: Shape) -> dict[str, torch.Tensor]:
-        return freeze_signs(keys, self.bits, self.seed, shape)
+    def freeze(self, keys: torch.Tensor, queries: Planes, shape: Shape) -> dict[str, torch.Tensor]:
+        return freeze_signs(keys, queries(), self.bits, self.seed, shape)
 
     def build(
         self, keys: torch.Tensor, values: torch.Tensor, frozen: dict[str, torch.Tensor], shape: Shape
     ) -> dict[str, torch.Tensor]:
-        return build_signs(keys, frozen, self.bits, self.seed, shape)
+        return build_signs(keys, frozen, self.bits, self.seed)
 
-    def parameters(self, shape: Shape) -> dict[str, Any]:
+    def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
         # P(|N^ - N| > e |N|) < d and P(|D^ - D| > e D) < d give P(|o^ - o| > 4 e |o|) < 2 d for e < 1/2 (section 4.2).
         quantile = NormalDist().inv_cdf(1 - self.delta / 4)
         return (
-            super().parameters(shape)
-            | sign_parameters(self.bits, self.seed, shape)
+            super().parameters(shape, frozen)
+            | sign_parameters(self.bits, frozen)
             | {
                 "take": Take.VERIFY,
                 "confidence": (quantile / (self.epsilon / 4)) ** 2,
@@ -67,4 +67,4 @@ class Verified(SparseMethod):
         )
 
     def index_bytes(self, candidates: int, shape: Shape) -> float:
-        return candidates * (self.bits / 8 + 1)
+        return sign_bytes(candidates, self.bits, shape)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -78,7 +79,7 @@ class Runner:
             index = Index(method, Shape(self.model.heads, self.model.dtype), self.model.layers)
             sequence.index = index
         index.use(method)
-        index.extend(sequence, lambda n: self.recent_queries(sequence, n))
+        index.extend(sequence, lru_cache(lambda n: self.recent_queries(sequence, n)))
         return index
 
     def recent_queries(self, sequence: KVSequence, n: int) -> torch.Tensor:
