@@ -6,9 +6,6 @@ from thresher.errors import UsageError
 from thresher.evaluation.ruler.sources import Draft, SampleKey, Sources
 from thresher.evaluation.ruler.words import listed
 
-# Written into every output: scores of the construction are not scores of SQuAD or HotpotQA.
-SYNTHETIC = "invented persons, not {dataset}: one-sentence facts, every document a person"
-
 _TEXT = (
     "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
     "The following are given documents.\n\n{context}\n\n"

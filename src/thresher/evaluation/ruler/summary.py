@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from thresher.attention.dense import Dense
 from thresher.evaluation.ruler.run import Outcome
+from thresher.evaluation.ruler.sources import Sources
+from thresher.evaluation.ruler.tasks import Task
 from thresher.evaluation.statistics import Interval, bootstrap_difference, bootstrap_mean
 
 ALL = "all"  # the mean over tasks
@@ -64,6 +66,25 @@ def _summary(
     )
 
 
-def failing(rows: Sequence[Summary]) -> list[Summary]:
-    """Where the model itself fails: a method can lose nothing there, so its score says nothing about it."""
-    return [row for row in rows if row.method == DENSE and row.task != ALL and row.score.mean < FAILS_BELOW]
+def notes(rows: Sequence[Summary], tasks: Sequence[Task], sources: Sources) -> list[str]:
+    """What must be said beside the scores: where the model itself fails, and which questions are invented."""
+    remarks = []
+    # Where dense fails, a method has little to lose: its score says nothing about the method.
+    failing = [f"{r.task} at {r.length}" for r in rows if _dense(r) and r.score.mean < FAILS_BELOW]
+    if failing:
+        remarks.append(
+            f"The model itself fails with dense attention (below {FAILS_BELOW:.0f} %), so these say nothing about a "
+            f"method: {', '.join(failing)}"
+        )
+    for task in tasks:
+        if task.question_kind and sources.question_set(task.question_kind) is None:
+            dataset = {"squad": "SQuAD", "hotpot": "HotpotQA"}[task.question_kind]
+            remarks.append(
+                f"{task.name}: questions are a synthetic construction about invented persons, not {dataset}, and not "
+                "comparable with published scores; give --qa FILE for the real ones"
+            )
+    return remarks
+
+
+def _dense(row: Summary) -> bool:
+    return row.method == DENSE and row.task != ALL

@@ -25,13 +25,15 @@ def string_match_part(answer: str, references: Sequence[str]) -> float:
 
 @dataclass(frozen=True)
 class Task:
-    """draft(sample, amount of haystack, sources); smallest: the amount it needs at least."""
+    """draft(sample, amount of haystack, sources); smallest: the amount it needs at least; question_kind: that of the
+    question file it draws from, if it does."""
 
     name: str
     tokens_to_generate: int
     draft: Callable[[SampleKey, int, Sources], Draft]
     smallest: int = 1
     score: Score = string_match_all
+    question_kind: str | None = None
 
 
 _NEEDLES = {
@@ -48,8 +50,8 @@ TASKS: dict[str, Task] = {name: Task(name, 128, needles.draft) for name, needles
     "vt": Task("vt", 30, tracking.draft, tracking.SMALLEST),
     "cwe": Task("cwe", 120, frequency.common_words, frequency.SMALLEST_COMMON),
     "fwe": Task("fwe", 50, frequency.frequent_words, frequency.SMALLEST_FREQUENT),
-    "qa_1": Task("qa_1", 32, questions.draft_single, 1, string_match_part),
-    "qa_2": Task("qa_2", 32, questions.draft_double, 2, string_match_part),
+    "qa_1": Task("qa_1", 32, questions.draft_single, 1, string_match_part, "squad"),
+    "qa_2": Task("qa_2", 32, questions.draft_double, 2, string_match_part, "hotpot"),
 }
 
 
@@ -64,8 +66,3 @@ def choose_tasks(names: Sequence[str]) -> list[Task]:
     if not chosen:
         raise UsageError("no tasks given; e.g. niah_single_1,vt or all")
     return list(chosen.values())
-
-
-def questions_note(kind_missing: Sequence[str]) -> str:
-    """What to say of question tasks that have no file."""
-    return questions.SYNTHETIC.format(dataset=" / ".join(kind_missing))
