@@ -18,6 +18,7 @@ def test_ruler(text, tiny_folder, tmp_path):
     out = tmp_path / "out.json"
     command = ("eval", "ruler", "--model", tiny_folder, "--allow-extrapolation", "--haystack", text, "--samples", 2)
     command += ("--lengths", "1500", "--tasks", "niah_single_1,qa_1", "--json", out)
+    command += ("--journal", tmp_path / "journal")
     done = run(*command, "--attention", "streaming:sinks=1,window=64;streaming:sinks=1,window=9")
     assert done.returncode == 0, done.stderr
     assert "streaming:sinks=1,window=9, 1500 tokens" in done.stdout
@@ -26,9 +27,9 @@ def test_ruler(text, tiny_folder, tmp_path):
     first = json.loads(out.read_text())
     assert len(first["outcomes"]) == 2 * 2 * 3
     assert any("not SQuAD" in note for note in first["notes"])
-    assert (tmp_path / "out.json.journal").exists()
     again = run(*command, "--attention", "streaming:sinks=1,window=9", "--attention", "streaming:sinks=1,window=64")
     assert again.returncode == 0, again.stderr
+    assert "holds 12 results" in again.stderr
     second = json.loads(out.read_text())
     assert {str(o) for o in second["outcomes"]} == {str(o) for o in first["outcomes"]}
 
@@ -40,6 +41,7 @@ def test_perplexity(text, tiny_folder, tmp_path):
         *("--attention", "streaming:sinks=1,window=9", "--json", out),
     )
     assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.glob("*.journal"))  # its own journal has done its work
     rows = json.loads(out.read_text())["summaries"]
     assert [row["method"] for row in rows] == ["dense", "streaming:sinks=1,window=9"]
     assert rows[1]["ratio"]["low"] <= rows[1]["ratio"]["mean"] <= rows[1]["ratio"]["high"]

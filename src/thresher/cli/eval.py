@@ -9,6 +9,7 @@ from thresher.cli.read import MOST_BYTES
 from thresher.cli.terminal import clear_errors, progress_bar, read_text, say, write_json
 
 if TYPE_CHECKING:
+    from thresher.evaluation.journal import Journal
     from thresher.evaluation.perplexity import Perplexity
     from thresher.evaluation.ruler.summary import Summary
     from thresher.evaluation.statistics import Interval
@@ -26,7 +27,8 @@ Methods = Annotated[
 JournalFile = Annotated[
     Path | None,
     typer.Option(
-        help="Where results are kept as they come; the same command goes on from it. Default: beside --json FILE."
+        help="Where results are kept as they come: the same command goes on from it when it was interrupted. "
+        "Default: beside --json FILE until that is written."
     ),
 ]
 
@@ -87,6 +89,7 @@ def ruler(
         settings = run_settings(llm, sources, framing)
         outcomes = []
         with Journal(_journal_path(journal, json), settings) as kept, progress_bar("eval ruler") as bar:
+            _say_resumed(kept)
             for outcome in run_tasks(
                 llm,
                 chosen,
@@ -118,6 +121,7 @@ def ruler(
                 "outcomes": [asdict(outcome) for outcome in outcomes],
             },
         )
+        _drop_journal(journal, json)
 
 
 @evaluate.command()
@@ -162,6 +166,7 @@ def perplexity(
         digest = hashlib.sha256(content.encode()).hexdigest()
         settings = run_settings(llm, digest, context, tokens, windows)
         with Journal(_journal_path(journal, json), settings) as kept, progress_bar("eval perplexity") as bar:
+            _say_resumed(kept)
             scores = list(score_windows(llm, parts, context, methods, journal=kept, progress=bar))
         rows = summarize(scores)
         if str(json) != "-":
@@ -176,6 +181,7 @@ def perplexity(
                 "windows": [asdict(score) for score in scores],
             },
         )
+        _drop_journal(journal, json)
 
 
 def _text(path: Path | None) -> tuple[str, str]:
@@ -185,6 +191,18 @@ def _text(path: Path | None) -> tuple[str, str]:
 
         return "Paradise Lost", paradise_lost()
     return path.name, read_text(path, MOST_BYTES)
+
+
+def _say_resumed(journal: "Journal") -> None:
+    if journal.count:
+        say(f"{journal.path} holds {journal.count} results; those that fit are not computed again")
+
+
+def _drop_journal(journal: Path | None, json: Path | None) -> None:
+    """A journal nobody asked for has done its work: left behind, it would answer for a changed program."""
+    path = _journal_path(journal, json)
+    if journal is None and path is not None:
+        path.unlink(missing_ok=True)
 
 
 def _journal_path(journal: Path | None, json: Path | None) -> Path | None:

@@ -12,6 +12,7 @@ from typing import Any, Self
 from thresher.errors import StorageError, UsageError
 
 _FORMAT = 1
+_BEGIN = b'{"journal"'  # of every file
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Journal:
         data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         lines = whole.splitlines()
-        if not lines and data and not data.startswith(b'{"journal"'):
+        if not lines and not data.startswith(_BEGIN) and not _BEGIN.startswith(data):
             raise UsageError(f"{path} is not a journal of results; give another --journal")
         if not lines:
             os.ftruncate(file, 0)
@@ -82,6 +83,11 @@ class Journal:
             except (KeyError, TypeError, ValueError):
                 raise UsageError(f"{path}, line {number}: not a result; delete the file and start anew") from None
         os.ftruncate(file, len(whole))  # only when all else was understood: what is not ours is not cut
+
+    @property
+    def count(self) -> int:
+        """Results it holds."""
+        return len(self._results)
 
     def get(self, key: ResultKey) -> dict[str, Any] | None:
         return self._results.get(key)

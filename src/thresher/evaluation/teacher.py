@@ -27,14 +27,14 @@ def check_length(llm: LLM, length: int) -> None:
 
 
 def prefill(llm: LLM, token_ids: Sequence[int], progress: Callable[[int], None] = lambda tokens: None) -> KVSequence:
-    """Read tokens densely into a new sequence, in chunks. progress: called with the tokens of each chunk."""
+    """Read tokens densely into a new sequence, in chunks. progress: called with the tokens read so far."""
     sequence = KVSequence(llm.runner.layout)
     if token_ids:
         sequence.reserve(len(token_ids), exact=True)
     while sequence.length < len(token_ids):
         chunk = token_ids[sequence.length : sequence.length + llm.chunk_size]
         llm.runner.run([Work(sequence, chunk, logits=False)])
-        progress(len(chunk))
+        progress(sequence.length)
     return sequence
 
 

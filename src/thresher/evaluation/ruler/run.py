@@ -70,21 +70,31 @@ def run_tasks(
     journal = journal or Journal(None, {})
     for length in lengths:
         check_length(llm, length)
-        for task in tasks:  # the longest run should not fail at its last task
-            build_sample(SampleKey(task.name, length, 0, seed), sources, llm.model.tokenizer, framing)
+        for task in tasks:  # a long run should not fail at its last task
+            build_sample(SampleKey(task.name, length, samples - 1, seed), sources, llm.model.tokenizer, framing)
     total, done = sum(lengths) * samples * len(tasks), 0
-    progress(0, total)
+
+    def read(tokens: int) -> None:
+        progress(done + tokens, total)
+
+    read(0)
     for length in lengths:
         for task in tasks:
             for index in range(samples):
                 key = SampleKey(task.name, length, index, seed)
-                yield from _run_sample(llm, key, methods, sources, framing, journal)
+                yield from _run_sample(llm, key, methods, sources, framing, journal, read)
                 done += length
-                progress(done, total)
+                read(0)
 
 
 def _run_sample(
-    llm: LLM, key: SampleKey, methods: Sequence[AttentionMethod], sources: Sources, framing: str, journal: Journal
+    llm: LLM,
+    key: SampleKey,
+    methods: Sequence[AttentionMethod],
+    sources: Sources,
+    framing: str,
+    journal: Journal,
+    progress: Callable[[int], None],
 ) -> Iterator[Outcome]:
     sample: Sample | None = None
     sequence: KVSequence | None = None
@@ -94,7 +104,7 @@ def _run_sample(
         if known is None:
             if sample is None or sequence is None:
                 sample = build_sample(key, sources, llm.model.tokenizer, framing)
-                sequence = prefill(llm, sample.token_ids[:-1])
+                sequence = prefill(llm, sample.token_ids[:-1], progress)
             outcome = answer(llm, sample, sequence, method)
             journal.put(entry, asdict(outcome))
             yield outcome
