@@ -221,8 +221,8 @@ def test_a_method_that_sees_everything_answers_as_dense(long_tiny, outcomes):
     assert [(o.task, o.index) for o in outcomes[::3]] == [(t, i) for t in ("niah_single_1", "qa_1") for i in (0, 1)]
     for dense, wide, narrow in zip(outcomes[::3], outcomes[1::3], outcomes[2::3], strict=True):
         assert wide.answer == dense.answer
-        assert (dense.rows_read, wide.rows_read) == (1, 1)
-        assert narrow.rows_read == 17 / narrow.prompt_tokens
+        assert (dense.kv_read, wide.kv_read) == (1, 1)
+        assert narrow.kv_read == pytest.approx(17 / narrow.prompt_tokens)
         assert dense.prompt_tokens <= 1500
     sample = build_sample(SampleKey("qa_1", 1500, 0, 0), SOURCES, long_tiny.model.tokenizer, "chat")
     params = SamplingParams(max_new_tokens=TASKS["qa_1"].tokens_to_generate)

@@ -237,10 +237,10 @@ def _ruler_table(rows: "list[Summary]") -> None:
                     _interval(row.score, 1, row.samples > 1),
                     _interval(row.difference, 1, row.samples > 1),
                     "" if row.ms is None else f"{row.ms:.1f}",
-                    f"{100 * row.rows_read:.0f}",
+                    f"{100 * row.kv_read:.0f}",
                 )
         Console().print(table)
-    say("- dense: difference on the same prompts; ms: of one token; KV %: cached rows that one token reads")
+    say("- dense: difference on the same prompts; ms: of one token; KV %: bytes that its attention reads, dense = 100")
 
 
 def _perplexity_table(rows: "list[Perplexity]") -> None:
@@ -259,7 +259,7 @@ def _perplexity_table(rows: "list[Perplexity]") -> None:
             _interval(row.perplexity, 2),
             _interval(row.ratio, 3),
             f"{row.ms:.1f}",
-            f"{100 * row.rows_read:.0f}",
+            f"{100 * row.kv_read:.0f}",
         )
     Console().print(table)
-    say("/ dense: ratio on the same tokens; ms: of one token; KV %: cached rows that one token reads")
+    say("/ dense: ratio on the same tokens; ms: of one token; KV %: bytes that its attention reads, dense = 100")

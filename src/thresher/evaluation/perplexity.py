@@ -13,20 +13,23 @@ from thresher.engine.llm import LLM
 from thresher.errors import UsageError
 from thresher.evaluation.journal import Journal, ResultKey
 from thresher.evaluation.statistics import Interval, bootstrap_difference, bootstrap_mean
-from thresher.evaluation.teacher import check_length, prefill, score_tokens
+from thresher.evaluation.teacher import check_length, kv_read, prefill, score_tokens
 
 DENSE = Dense.name
 
 
 @dataclass(frozen=True)
 class WindowScore:
-    """One method on one window of the text. losses: nats of each scored token; rows_read: share of the cached rows."""
+    """One method on one window of the text.
+
+    losses: nats of each scored token. kv_read: bytes that attention reads, as a share of dense.
+    """
 
     index: int
     method: str
     losses: tuple[float, ...]
     seconds: float
-    rows_read: float
+    kv_read: float
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Perplexity:
     perplexity: Interval
     ratio: Interval | None
     ms: float
-    rows_read: float
+    kv_read: float
 
 
 def text_windows(token_ids: Sequence[int], context: int, tokens: int, windows: int) -> list[list[int]]:
@@ -91,7 +94,7 @@ def score_windows(
                 started = time.perf_counter()
                 logprobs, _ = score_tokens(llm.runner, sequence, ids[split - 1], ids[split:], method)
                 seconds = time.perf_counter() - started
-                read = method.rows_read(split) / split
+                read = kv_read(llm.runner, method, split)
                 score = WindowScore(index, str(method), tuple(-p for p in logprobs), seconds, read)
                 journal.put(key, asdict(score))
             else:
@@ -131,7 +134,7 @@ def summarize(scores: Sequence[WindowScore], seed: int = 0) -> list[Perplexity]:
                 perplexity=_exp(bootstrap_mean(own, seed=seed)),
                 ratio=ratio,
                 ms=1e3 * sum(s.seconds for s in parts) / len(own),
-                rows_read=sum(s.rows_read for s in parts) / len(parts),
+                kv_read=sum(s.kv_read for s in parts) / len(parts),
             )
         )
     return rows

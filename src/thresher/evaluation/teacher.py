@@ -9,6 +9,7 @@ from thresher.cache.sequence import KVSequence
 from thresher.engine.llm import LLM
 from thresher.engine.runner import Runner, Work
 from thresher.errors import CapacityError
+from thresher.machine.cost import attention_cost
 
 
 def check_length(llm: LLM, length: int) -> None:
@@ -40,7 +41,12 @@ def prefill(llm: LLM, token_ids: Sequence[int], progress: Callable[[int], None] 
 
 def decode_logits(runner: Runner, sequence: KVSequence, token: int, method: AttentionMethod) -> torch.Tensor:
     """Append one token to the sequence as a decode step of `method`. Returns float32 logits `[vocab]` after it."""
-    return runner.run([Work(sequence, [token], True, method.visibility())])[0]
+    return runner.run([Work(sequence, [token], True, method)])[0]
+
+
+def kv_read(runner: Runner, method: AttentionMethod, context: int) -> float:
+    """Bytes that attention to `context` tokens reads under `method`, as a share of what dense attention reads."""
+    return method.cost(runner.shape, context).bytes / attention_cost(runner.shape, context).bytes
 
 
 def score_tokens(

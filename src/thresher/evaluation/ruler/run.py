@@ -14,7 +14,7 @@ from thresher.evaluation.journal import Journal, ResultKey
 from thresher.evaluation.ruler.samples import Sample, build_sample
 from thresher.evaluation.ruler.sources import SampleKey, Sources
 from thresher.evaluation.ruler.tasks import TASKS, Task
-from thresher.evaluation.teacher import check_length, prefill
+from thresher.evaluation.teacher import check_length, kv_read, prefill
 
 PROMPTS_VERSION = 1  # raise it when a change here gives other prompts: old journals are then refused
 
@@ -22,7 +22,7 @@ PROMPTS_VERSION = 1  # raise it when a change here gives other prompts: old jour
 @dataclass(frozen=True)
 class Outcome:
     """One answer of one method. score: 0 .. 1; seconds: of the decode steps after the first, of which there are
-    `steps`; rows_read: share of the prompt's cached rows that a decode step reads."""
+    `steps`; kv_read: bytes that attention to the prompt reads in a decode step, as a share of dense."""
 
     task: str
     length: int
@@ -34,7 +34,7 @@ class Outcome:
     prompt_tokens: int
     steps: int
     seconds: float
-    rows_read: float
+    kv_read: float
 
 
 def run_settings(llm: LLM, sources: Sources, framing: str) -> dict[str, Any]:
@@ -137,5 +137,5 @@ def answer(llm: LLM, sample: Sample, sequence: KVSequence, method: AttentionMeth
         prompt_tokens=len(sample.token_ids),
         steps=steps,
         seconds=seconds,
-        rows_read=method.rows_read(len(sample.token_ids)) / len(sample.token_ids),
+        kv_read=kv_read(llm.runner, method, len(sample.token_ids)),
     )

@@ -26,7 +26,7 @@ class Summary:
     score: Interval
     difference: Interval | None
     ms: float | None
-    rows_read: float
+    kv_read: float
 
 
 def summarize(outcomes: Sequence[Outcome], seed: int = 0) -> list[Summary]:
@@ -62,7 +62,7 @@ def _summary(
         score=bootstrap_mean(scores, seed=seed),
         difference=difference,
         ms=1e3 * sum(o.seconds for o in own) / steps if steps else None,
-        rows_read=sum(o.rows_read for o in own) / len(own),
+        kv_read=sum(o.kv_read for o in own) / len(own),
     )
 
 
