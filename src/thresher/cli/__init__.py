@@ -5,6 +5,7 @@ import typer
 from thresher.cli.ask import ask
 from thresher.cli.bench import bench
 from thresher.cli.doctor import doctor
+from thresher.cli.eval import evaluate
 from thresher.cli.generate import generate
 from thresher.cli.read import read
 
@@ -21,6 +22,7 @@ app.command()(ask)
 app.command()(generate)
 app.command()(doctor)
 app.add_typer(bench, name="bench")
+app.add_typer(evaluate, name="eval")
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ def decode(
     with clear_errors(debug):
         from thresher.evaluation.bench import bench_decode
 
-        lengths, batches = _numbers("contexts", contexts), _numbers("batch", batch)
+        lengths, batches = o.numbers("contexts", contexts), o.numbers("batch", batch)
         llm, others = _prepare(model, weights, attention, threads, peers, max(lengths) + 16 * rounds + 512)
         _report(bench_decode(llm, lengths, batches, others, rounds, say), json, "tokens")
 
@@ -57,21 +57,9 @@ def prefill(
     with clear_errors(debug):
         from thresher.evaluation.bench import bench_prefill
 
-        counts = _numbers("lengths", lengths)
+        counts = o.numbers("lengths", lengths)
         llm, others = _prepare(model, weights, "dense", threads, peers, max(counts) + 512)
         _report(bench_prefill(llm, counts, others, rounds, say), json, "tokens")
-
-
-def _numbers(name: str, text: str) -> list[int]:
-    from thresher.errors import UsageError
-
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise UsageError(f"--{name} {text}: give whole numbers above 0, separated by commas")
-    return numbers
 
 
 def _prepare(

