@@ -6,7 +6,8 @@ from thresher.attention.sign import Sign
 
 @dataclass(frozen=True)
 class Auto(Sign):
-    """The preset that the measurements favour: `sign` ranking, the group's union, a tail of centroids (docs/results.md)."""
+    """The preset that the measurements favour: `sign` ranking, the group's union, a tail of centroids
+    (docs/results.md)."""
 
     name: ClassVar[str] = "auto"
 

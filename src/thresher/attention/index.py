@@ -34,8 +34,9 @@ class Block:
 class Readings:
     """What sparse layers have read since the counters were cleared.
 
-    readings: KV heads of layers times steps. rows: read for them. head_rows: weighed, summed over query heads. entries: of
-    hash buckets touched. checked, escalated: outputs with an error estimate, and how many of them were answered densely.
+    readings: KV heads of layers times steps. rows: read for them. head_rows: weighed, summed over query heads.
+    entries: of hash buckets touched. checked, escalated: outputs with an error estimate, and how many of them were
+    answered densely.
     """
 
     readings: int
@@ -47,8 +48,9 @@ class Readings:
 
 
 class Index:
-    """Blocks cover positions from the sinks on, in whole groups of 64. What comes after them is read exactly, until it is
-    more than the window and enough for a block. Blocks of equal size are merged, so there are few. A fork shares them.
+    """Blocks cover positions from the sinks on, in whole groups of 64. What comes after them is read exactly, until
+    it is more than the window and enough for a block. Blocks of equal size are merged, so there are few. A fork
+    shares them.
     """
 
     def __init__(self, method: SparseMethod, shape: Shape, layers: int) -> None:
@@ -92,7 +94,8 @@ class Index:
         return sum(b.bytes for b in self.blocks) + sum(t.numel() * t.element_size() for t in self.frozen.values())
 
     def crop(self, length: int) -> None:
-        """Forget blocks that reach beyond `length` tokens; the rest of their rows is read exactly until it is built anew."""
+        """Forget blocks that reach beyond `length` tokens; the rest of their rows is read exactly until it is built
+        anew."""
         kept = [b for b in self.blocks if b.end <= length]
         if len(kept) < len(self.blocks):
             self.blocks = kept

@@ -17,12 +17,13 @@ TYPICAL_COSINE = 0.12  # where keys of prose lie on average, for the expected co
 
 @dataclass(frozen=True)
 class LSH(SparseMethod):
-    """Keys that share a bucket with the query in two of L hash tables, weighted by how likely that was; MagicPIG, section 4.
+    """Keys that share a bucket with the query in two of L hash tables, weighted by how likely that was; MagicPIG,
+    section 4.
 
-    K: bits of a hash. L: tables. Keys are centred for each layer, sequence and KV head. An attention weight is divided by
-    the probability u that its key is found, which the cosine of key and query gives (section 4.2; no additive floor).
-    certify: an estimated relative error of a head's output above this is answered by dense attention instead; 0: never.
-    seed: of the hash functions.
+    K: bits of a hash. L: tables. Keys are centred for each layer, sequence and KV head. An attention weight is
+    divided by the probability u that its key is found, which the cosine of key and query gives (section 4.2; no
+    additive floor). certify: an estimated relative error of a head's output above this is answered by dense
+    attention instead; 0: never. seed: of the hash functions.
     """
 
     name: ClassVar[str] = "lsh"
@@ -101,8 +102,8 @@ def hash_directions(count: int, dim: int, seed: int, dtype: torch.dtype) -> Pack
 def inclusion_probability(cosine: np.ndarray, K: int, L: int) -> np.ndarray:
     """float64 probability that key and query at these cosines share a bucket in at least 2 of L tables of K bits.
 
-    One bit agrees with probability p = 1 - arccos(cosine) / pi, a table with a = p^K, and u = 1 - (1-a)^L - L a (1-a)^(L-1)
-    (section 4.2). Where that difference would lose digits, the sum of the binomial's terms is taken.
+    One bit agrees with probability p = 1 - arccos(cosine) / pi, a table with a = p^K, and u = 1 - (1-a)^L - L a
+    (1-a)^(L-1) (section 4.2). Where that difference would lose digits, the sum of the binomial's terms is taken.
     """
     a = (1 - np.arccos(np.clip(cosine, -1, 1)) / np.pi) ** K
     direct = 1 - (1 - a) ** L - L * a * (1 - a) ** (L - 1)

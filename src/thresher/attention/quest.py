@@ -9,7 +9,8 @@ from thresher.errors import UsageError
 
 @dataclass(frozen=True)
 class Quest(BudgetMethod):
-    """Pages of tokens ranked by an upper bound of their scores, from the least and greatest of each channel; Quest, section 3.2.
+    """Pages of tokens ranked by an upper bound of their scores, from the least and greatest of each channel; Quest,
+    section 3.2.
 
     page: tokens of a page, a divisor of 64.
     """

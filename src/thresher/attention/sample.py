@@ -11,8 +11,9 @@ from thresher.errors import UsageError
 class Sample(SparseMethod):
     """Oracle sampling: draws rows by their exact attention weights and averages their values; MagicPIG, section 3.
 
-    draws: independent draws of a query head among the rows between sinks and window (which are weighed exactly, as is the
-    total weight of the others); below 1 a share of the context. Unbiased. Reads all keys, so it is no faster than dense.
+    draws: independent draws of a query head among the rows between sinks and window (which are weighed exactly, as
+    is the total weight of the others); below 1 a share of the context. Unbiased. Reads all keys, so it is no faster
+    than dense.
     """
 
     name: ClassVar[str] = "sample"

@@ -13,11 +13,12 @@ from thresher.kernels.linear import PackedLinear, pack_linear
 
 @dataclass(frozen=True)
 class Sign(BudgetMethod):
-    """Ranks all keys by one bit a direction against the unrounded query, then reads the best; RaBitQ's estimator, section 3.
+    """Ranks all keys by one bit a direction against the unrounded query, then reads the best; RaBitQ's estimator,
+    section 3.
 
     A key, centred and stretched along the directions that queries have, is kept as the signs of its products with
-    orthonormal directions and one factor |k|^2 / sum |products|: 8 bytes and one for 64 bits, read in order. The query is
-    shrunk as the keys are stretched. bits: directions, a multiple of 32.
+    orthonormal directions and one factor |k|^2 / sum |products|: 8 bytes and one for 64 bits, read in order. The
+    query is shrunk as the keys are stretched. bits: directions, a multiple of 32.
     """
 
     name: ClassVar[str] = "sign"
@@ -90,8 +91,8 @@ def sign_bytes(candidates: int, bits: int, shape: Shape) -> float:
 def freeze_signs(
     keys: torch.Tensor, queries: torch.Tensor, bits: int, seed: int, shape: Shape
 ) -> dict[str, torch.Tensor]:
-    """What keys are centred by, `mean` `[planes, head_dim]`, stretched by, `sign_stretch` `[planes, head_dim, head_dim]`, the
-    `largest` factor `[planes]`, and the packed `directions` that the shrunk query is projected on."""
+    """What keys are centred by, `mean` `[planes, head_dim]`, stretched by, `sign_stretch` `[planes, head_dim,
+    head_dim]`, the `largest` factor `[planes]`, and the packed `directions` that the shrunk query is projected on."""
     rotation = orthonormal_directions(bits, shape.heads.head_dim, seed)
     stretch = query_stretch(queries, STRETCH)
     shrink = query_stretch(queries, -STRETCH)

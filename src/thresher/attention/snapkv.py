@@ -11,10 +11,12 @@ from thresher.errors import UsageError
 
 @dataclass(frozen=True)
 class SnapKV(BudgetMethod):
-    """The rows that the prompt's last queries attended to most, chosen once, and all that is generated; SnapKV, section 4.
+    """The rows that the prompt's last queries attended to most, chosen once, and all that is generated; SnapKV,
+    section 4.
 
-    observe: queries that vote. pool: width of the max-pooling of their votes along the text, odd. One choice for a KV head.
-    Rows that are not chosen stay in the cache (they are not read): this measures the choice, not the memory saved.
+    observe: queries that vote. pool: width of the max-pooling of their votes along the text, odd. One choice for a
+    KV head. Rows that are not chosen stay in the cache (they are not read): this measures the choice, not the
+    memory saved.
     """
 
     name: ClassVar[str] = "snapkv"
@@ -46,8 +48,8 @@ class SnapKV(BudgetMethod):
     def choose(
         self, queries: Callable[[int], torch.Tensor], keys: torch.Tensor, context: int, layers: list[int], shape: Shape
     ) -> torch.Tensor:
-        """bool `[planes, n]` of the keys `[planes, n, head_dim]` that are kept; queries(n) gives the last n of the prompt
-        as `[layers, n, q_heads, head_dim]`."""
+        """bool `[planes, n]` of the keys `[planes, n, head_dim]` that are kept; queries(n) gives the last n of the
+        prompt as `[layers, n, q_heads, head_dim]`."""
         q = queries(self.observe)[layers].float()
         observed, dim = q.shape[1], shape.heads.head_dim
         planes, n, _ = keys.shape

@@ -20,8 +20,9 @@ RECENT_QUERIES = 256  # tokens whose queries show what matters of a key
 GROUP = 64  # tokens: blocks of an index begin and end at multiples of this
 MOST_GROUP = 32  # query heads of a KV head
 
-# A row that is gathered costs about as much as this many that are swept: random rows of 128 to 512 bytes come at half the
-# bandwidth. And a sparse layer has steps that a dense one has not: about 20 us, in which a sweep reads this much.
+# A row that is gathered costs about as much as this many that are swept: random rows of 128 to 512 bytes come at
+# half the bandwidth. And a sparse layer has steps that a dense one has not: about 20 us, in which a sweep reads
+# this much.
 GATHER_PENALTY = 2.0
 STEP_BYTES = 600_000
 
@@ -63,8 +64,8 @@ class Shape:
 class SparseMethod(AttentionMethod):
     """Reads the first `sinks` rows, the last `window` rows and what it chooses between them.
 
-    sinks, window: tokens. dense_layers: layers that stay dense, as in 0+1; `none`. dense_below: contexts up to this many
-    tokens stay dense; -1: up to where the method starts to win by its cost.
+    sinks, window: tokens. dense_layers: layers that stay dense, as in 0+1; `none`. dense_below: contexts up to this
+    many tokens stay dense; -1: up to where the method starts to win by its cost.
     """
 
     exact: ClassVar[bool] = False
@@ -113,7 +114,8 @@ class SparseMethod(AttentionMethod):
     def build(
         self, keys: torch.Tensor, values: torch.Tensor, frozen: dict[str, torch.Tensor], shape: Shape
     ) -> dict[str, torch.Tensor]:
-        """The arrays of a block, `[planes, ...]` each, from keys and values `[planes, n, head_dim]`; n a multiple of 64."""
+        """The arrays of a block, `[planes, ...]` each, from keys and values `[planes, n, head_dim]`; n a multiple
+        of 64."""
         return {}
 
     def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -194,9 +196,10 @@ class SparseMethod(AttentionMethod):
 class BudgetMethod(SparseMethod):
     """A sparse method that reads the best of what it ranks.
 
-    budget: tokens a query head chooses, or below 1 a share of the context. union: 1, every query head weighs all that its
-    group reads, which costs no memory traffic; 0, only what it chose itself. tail: centroids a block that answer for what is
-    not read (0: it is dropped); spec: mean key, mean value and count of each, less what was read.
+    budget: tokens a query head chooses, or below 1 a share of the context. union: 1, every query head weighs all
+    that its group reads, which costs no memory traffic; 0, only what it chose itself. tail: centroids a block that
+    answer for what is not read (0: it is dropped); spec: mean key, mean value and count of each, less what was
+    read.
     """
 
     budget: float = 256

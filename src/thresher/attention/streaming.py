@@ -14,8 +14,8 @@ from thresher.machine.cost import Cost, ModelShape, attention_cost
 class Streaming(SparseMethod):
     """The first tokens (attention sinks) and a window of recent ones; StreamingLLM, sections 3.1 and 3.2.
 
-    Positions stay those of the text: keys are cached after RoPE, and rows outside are not read, not evicted. tail: centroids
-    a block that answer for them.
+    Positions stay those of the text: keys are cached after RoPE, and rows outside are not read, not evicted. tail:
+    centroids a block that answer for them.
     """
 
     name: ClassVar[str] = "streaming"

@@ -45,10 +45,11 @@ def cluster_rows(
 
 
 def query_stretch(queries: torch.Tensor, power: float) -> torch.Tensor:
-    """Symmetric `[planes, head_dim, head_dim]`, the second moment of the queries `[planes, m, head_dim]` to the given power.
+    """Symmetric `[planes, head_dim, head_dim]`, the second moment of the queries `[planes, m, head_dim]` to the
+    given power.
 
-    What matters of an error in a key is its product with queries: with power 1/2, distances of stretched keys are the mean
-    squared differences of their scores.
+    What matters of an error in a key is its product with queries: with power 1/2, distances of stretched keys are
+    the mean squared differences of their scores.
     """
     q = queries.float()
     moment = torch.bmm(q.transpose(1, 2), q) / q.shape[1]
@@ -63,7 +64,8 @@ def reference_tail(
     """Logits and values of the centroids of what is not read, in float64.
 
     q `[heads, head_dim]`, keys and values `[n, head_dim]`, assigned int `[n]`, read bool `[n]`. Returns logits
-    `[heads, clusters]` (mean key . q * scale + log count, -inf where all is read) and mean values `[clusters, head_dim]`.
+    `[heads, clusters]` (mean key . q * scale + log count, -inf where all is read) and mean values `[clusters,
+    head_dim]`.
     """
     clusters = int(assigned.max()) + 1
     member = torch.nn.functional.one_hot(assigned.long(), clusters).double() * ~read[:, None]

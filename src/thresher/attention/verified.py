@@ -11,11 +11,13 @@ from thresher.errors import UsageError
 
 @dataclass(frozen=True)
 class Verified(SparseMethod):
-    """The best rows by sign bits, and of the rest a uniform sample as large as a stated error asks for; vAttention, section 4.
+    """The best rows by sign bits, and of the rest a uniform sample as large as a stated error asks for; vAttention,
+    section 4.
 
-    heavy: tokens a query head chooses (all are weighed by the whole group), or below 1 a share of the context. epsilon, delta:
-    the output's relative error exceeds epsilon with probability at most delta, by the central limit theorem. pilot: the share
-    of the rest that estimates its spread. bits: as in `sign`. A sample of half the rest or more reads all of it instead.
+    heavy: tokens a query head chooses (all are weighed by the whole group), or below 1 a share of the context.
+    epsilon, delta: the output's relative error exceeds epsilon with probability at most delta, by the central limit
+    theorem. pilot: the share of the rest that estimates its spread. bits: as in `sign`. A sample of half the rest
+    or more reads all of it instead.
     """
 
     name: ClassVar[str] = "verified"

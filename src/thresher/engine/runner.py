@@ -31,8 +31,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Captured:
-    """What the layers of one pass attended with and to, `[layers, tokens, q_heads, head_dim]` each: queries, outputs, and
-    what dense attention makes of the same queries."""
+    """What the layers of one pass attended with and to, `[layers, tokens, q_heads, head_dim]` each: queries,
+    outputs, and what dense attention makes of the same queries."""
 
     queries: torch.Tensor
     outputs: torch.Tensor

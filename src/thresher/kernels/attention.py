@@ -28,7 +28,8 @@ class Visibility:
 @dataclass(frozen=True)
 class SparseReading:
     """What one new token reads: an index's choice of `budget` tokens a query head before position `end`, and all rows
-    outside of what the index covers. In layers that the index does not cover, and in those with a sliding window, all."""
+    outside of what the index covers. In layers that the index does not cover, and in those with a sliding window,
+    all."""
 
     index: _native.Index
     end: int

@@ -14,10 +14,11 @@ TABLE_TOKENS = 65536  # ids in a table have 16 bits
 def project(
     keys: torch.Tensor, mean: torch.Tensor, directions: PackedLinear
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Signs of `(keys - mean) @ directions.T` for keys `[planes, n, head_dim]` (bf16 or float32), mean `[planes, head_dim]`.
+    """Signs of `(keys - mean) @ directions.T` for keys `[planes, n, head_dim]` (bf16 or float32), mean `[planes,
+    head_dim]`.
 
-    Returns the signs as bits of int64 words `[planes, n, ceil(count / 64)]`, lowest first; float32 norms of the centred keys
-    `[planes, n]`; and float32 sums of the absolute products `[planes, n]`.
+    Returns the signs as bits of int64 words `[planes, n, ceil(count / 64)]`, lowest first; float32 norms of the
+    centred keys `[planes, n]`; and float32 sums of the absolute products `[planes, n]`.
     """
     planes, n, dim = keys.shape
     if keys.stride(2) != 1 or keys.stride(1) != dim or dim > 512:
@@ -61,8 +62,8 @@ def unpack_bits(bits: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def interleave_signs(bits: torch.Tensor, count: int) -> torch.Tensor:
-    """Bits `[planes, n, words]` as the scan wants them: int64 `[planes, n / 16, count / 4]`, where bit 4 i + t of word j is
-    bit 4 j + t of the i-th of 16 keys. n is a multiple of 16, count one of 4."""
+    """Bits `[planes, n, words]` as the scan wants them: int64 `[planes, n / 16, count / 4]`, where bit 4 i + t of
+    word j is bit 4 j + t of the i-th of 16 keys. n is a multiple of 16, count one of 4."""
     planes, n, _ = bits.shape
     packed = bits.view(torch.uint8)[..., : count // 8]
     nibbles = torch.stack([packed & 15, packed >> 4], dim=-1).view(planes, n // 16, 16, count // 4).transpose(2, 3)
@@ -84,8 +85,8 @@ def reference_codes(signs: torch.Tensor, key_bits: int, tables: int) -> torch.Te
 
 
 def lsh_tables(codes: torch.Tensor, key_bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint16 codes `[planes, tables, n]` -> heads `[planes, tables, 2^K + 1]` (uint32 as int32) and ids uint16 like codes:
-    the keys of bucket c of a table are `ids[heads[c] : heads[c + 1]]`, in order."""
+    """uint16 codes `[planes, tables, n]` -> heads `[planes, tables, 2^K + 1]` (uint32 as int32) and ids uint16 like
+    codes: the keys of bucket c of a table are `ids[heads[c] : heads[c + 1]]`, in order."""
     planes, tables, n = codes.shape
     if n > TABLE_TOKENS:
         raise ValueError(f"{n} keys in tables of 16-bit ids")
