@@ -19,7 +19,7 @@ struct Scratch {
   void* values_left;     // [ranked] of 32 bits: what may be among the best
   uint64_t* unit_marks;  // [ranked / 64]
   float* removed;        // [clusters, 2, head_dim]: what is read of each cluster
-  float* cluster_scores; // [clusters, group]
+  void* rests;           // [clusters, 2, head_dim]: means of what is left of each cluster
   int32_t* removed_counts;
   float* slack;          // [tile_rows, split]: 1 - inclusion probability
   float* doubts;         // [group, head_dim + 2]
@@ -367,7 +367,7 @@ inline int64_t carve(const Attention& args, char* memory, Scratch& s) {
   c.take(s.values_left, (padded_ranks(ranked) + clusters + 64) * 4);
   c.take(s.unit_marks, padded_ranks(ranked) / 8 + 64);
   c.take(s.removed, clusters * 2 * dim * 4);
-  c.take(s.cluster_scores, clusters * group * 4);
+  c.take(s.rests, clusters * 2 * dim * value);
   c.take(s.removed_counts, clusters * 4);
   c.take(s.slack, tile_rows * split * 4);
   c.take(s.doubts, group * (dim + 2) * 4);

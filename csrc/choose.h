@@ -111,10 +111,31 @@ inline int64_t look_up(const Method& m, const Block& b, int64_t plane, const uin
 
 // ---- prepare -----------------------------------------------------------------------------------------------------
 
-struct SignQuery {  // a query rotated and rounded to bytes
-  int32_t total;
-  int8_t values[most_directions - 64];
+constexpr int most_signs = 512;
+constexpr int nibble_zero = 128;  // stands for a sum of 0
+
+// A query rotated and rounded: for every four directions, the sums of their products with 16 patterns of signs, as bytes.
+// A piece is 32 directions: the patterns of the low halves of its four bytes, then those of the high halves.
+struct SignQuery {
+  uint8_t sums[most_signs / 32][2][4][16];
 };
+
+inline void round_query(const float* x, int bits, SignQuery& out) {
+  float top = 0;
+  for (int j = 0; j < bits; j += 4) {
+    float a = 0;
+    for (int t = 0; t < 4; ++t) a += x[j + t] < 0 ? -x[j + t] : x[j + t];
+    top = a > top ? a : top;
+  }
+  const float scale = top > 0 ? 127 / top : 0;
+  for (int j = 0; j < bits / 4; ++j)
+    for (int set = 0; set < 16; ++set) {
+      float a = 0;
+      for (int t = 0; t < 4; ++t) a += set >> t & 1 ? x[4 * j + t] : -x[4 * j + t];
+      a *= scale;
+      out.sums[j / 8][j % 2][j % 8 / 2][set] = uint8_t(nibble_zero + int(a + (a < 0 ? -0.5f : 0.5f)));
+    }
+}
 
 template <class E>
 void prepare_item(const Attention& args, const SparseItem& item, Scratch& s) {
@@ -160,19 +181,7 @@ void prepare_item(const Attention& args, const SparseItem& item, Scratch& s) {
     const char* directions = (const char*)m.directions + plane_of(args, sparse, kv_head) * m.directions_stride;
     project_rows<E>(1, q, dim, directions, m.planes,
                     [&](int64_t p, const float* part) { __builtin_memcpy(x + p * panel, part, panel * 4); });
-    float top = 0;
-    for (int j = 0; j < m.planes; ++j) {
-      const float a = x[j] < 0 ? -x[j] : x[j];
-      top = a > top ? a : top;
-    }
-    SignQuery& out = *(SignQuery*)to;
-    out.total = 0;
-    const float scale = top > 0 ? 127 / top : 0;
-    for (int j = 0; j < m.planes; ++j) {
-      const float y = x[j] * scale;
-      out.values[j] = int8_t(y + (y < 0 ? -0.5f : 0.5f));
-      out.total += out.values[j];
-    }
+    round_query(x, m.planes, *(SignQuery*)to);
     return;
   }
   Value* row = (Value*)to;
@@ -191,62 +200,86 @@ void prepare_item(const Attention& args, const SparseItem& item, Scratch& s) {
 
 inline int sign_shift(int bits) {  // so that the largest score fits into 16 bits
   int shift = 0;
-  while ((127 * 255 * int64_t(bits)) >> shift > 32767) ++shift;
+  while ((127 * 255 * int64_t(bits / 4)) >> shift > 32767) ++shift;
   return shift;
 }
 
 #if defined(__AVX512BW__)
-ALWAYS_INLINE __m512i dot_bytes(__m512i acc, __m512i unsigned_bytes, __m512i signed_bytes) {
+// Adds the four bytes of each 32-bit lane to acc: what 16 keys have of four sums.
+ALWAYS_INLINE __m512i add_bytes(__m512i acc, __m512i bytes) {
 #if defined(__AVX512VNNI__)
-  return _mm512_dpbusd_epi32(acc, unsigned_bytes, signed_bytes);
-#else  // exact here: the unsigned bytes are 0 or 1
-  return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(unsigned_bytes, signed_bytes), _mm512_set1_epi16(1)));
+  return _mm512_dpbusd_epi32(acc, bytes, _mm512_set1_epi8(1));
+#else
+  const __m512i pairs = _mm512_maddubs_epi16(bytes, _mm512_set1_epi8(1));
+  return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#endif
+}
+
+// sums[i % 4][nibble of byte i]; `place` is 16 (i % 4).
+ALWAYS_INLINE __m512i look_up_nibbles(__m512i nibbles, __m512i place, const uint8_t (*sums)[16]) {
+#if defined(__AVX512VBMI__)
+  return _mm512_permutexvar_epi8(_mm512_or_si512(nibbles, place), _mm512_loadu_si512(sums));
+#else
+  (void)place;
+  __m512i out = _mm512_setzero_si512();
+  for (int i = 0; i < 4; ++i)
+    out = _mm512_mask_shuffle_epi8(out, 0x1111111111111111u << i,
+                                   _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)sums[i])), nibbles);
+  return out;
 #endif
 }
 #endif
 
-// Scores of keys [begin, end), multiples of 16, for R queries: factor * sum of +-q.
+// Scores of keys [begin, end), multiples of 64, for R queries: factor * sum of +-q.
 template <int R>
-void scan_signs(int bits, const uint64_t* signs, const uint8_t* factors, int64_t begin, int64_t end,
+void scan_signs(int bits, const uint32_t* signs, const uint8_t* factors, int64_t begin, int64_t end,
                 const SignQuery* const* queries, int16_t* const* scores) {
-  const int steps = bits / 4, shift = sign_shift(bits);
+  const int pieces = bits / 32, shift = sign_shift(bits), zero = nibble_zero * bits / 4;
 #if defined(__AVX512BW__)
-  const __m512i one = _mm512_set1_epi8(1);
+  constexpr int groups = 4;  // of 16 keys: the sums of a piece are loaded once for all of them
+  const __m512i low = _mm512_set1_epi8(15), place = _mm512_set1_epi32(0x30201000);
   const __m128i down = _mm_cvtsi32_si128(shift);
-  for (int64_t i = begin; i < end; i += 16) {
-    const uint64_t* group = signs + i / 16 * steps;
-    __m512i acc[R];
-    for (int r = 0; r < R; ++r) acc[r] = _mm512_setzero_si512();
-    for (int j = 0; j < steps; ++j) {
-      const __m512i set = _mm512_maskz_mov_epi8(group[j], one);
+  for (int64_t i = begin; i < end; i += 16 * groups) {
+    const uint32_t* group = signs + i * pieces;
+    prefetch((const char*)(group + 1024), 64 * groups * pieces);
+    __m512i acc[groups][R];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        int32_t q;
-        __builtin_memcpy(&q, queries[r]->values + 4 * j, 4);
-        acc[r] = dot_bytes(acc[r], set, _mm512_set1_epi32(q));
+    for (int u = 0; u < groups; ++u)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[u][r] = _mm512_set1_epi32(-zero);
+    for (int p = 0; p < pieces; ++p) {
+#pragma GCC unroll 4
+      for (int u = 0; u < groups; ++u) {
+        const __m512i x = _mm512_loadu_si512(group + (u * pieces + p) * 16);
+        const __m512i first = _mm512_and_si512(x, low), second = _mm512_and_si512(_mm512_srli_epi32(x, 4), low);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          acc[u][r] = add_bytes(acc[u][r], look_up_nibbles(first, place, queries[r]->sums[p][0]));
+          acc[u][r] = add_bytes(acc[u][r], look_up_nibbles(second, place, queries[r]->sums[p][1]));
+        }
       }
     }
-    const __m512i factor = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(factors + i)));
-    for (int r = 0; r < R; ++r) {
-      const __m512i sum = _mm512_sub_epi32(_mm512_slli_epi32(acc[r], 1), _mm512_set1_epi32(queries[r]->total));
-      const __m512i score = _mm512_sra_epi32(_mm512_mullo_epi32(sum, factor), down);
-      _mm256_storeu_si256((__m256i*)(scores[r] + i), _mm512_cvtepi32_epi16(score));
+#pragma GCC unroll 4
+    for (int u = 0; u < groups; ++u) {
+      const __m512i factor = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(factors + i + 16 * u)));
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const __m512i score = _mm512_sra_epi32(_mm512_mullo_epi32(acc[u][r], factor), down);
+        _mm256_storeu_si256((__m256i*)(scores[r] + i + 16 * u), _mm512_cvtepi32_epi16(score));
+      }
     }
   }
 #else
-  for (int r = 0; r < R; ++r) {
-    int32_t table[most_directions / 4 / 4][16];  // sums of four values, by which of them are set
-    for (int j = 0; j < steps; ++j)
-      for (int set = 0; set < 16; ++set) {
-        table[j][set] = 0;
-        for (int t = 0; t < 4; ++t) table[j][set] += set >> t & 1 ? queries[r]->values[4 * j + t] : 0;
+  for (int64_t i = begin; i < end; ++i) {
+    const uint32_t* group = signs + i / 16 * 16 * pieces + i % 16;
+    int32_t sum[R];
+    for (int r = 0; r < R; ++r) sum[r] = -zero;
+    for (int p = 0; p < pieces; ++p)
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t byte = group[p * 16] >> (8 * j) & 255;
+        for (int r = 0; r < R; ++r) sum[r] += queries[r]->sums[p][0][j][byte & 15] + queries[r]->sums[p][1][j][byte >> 4];
       }
-    for (int64_t i = begin; i < end; ++i) {
-      const uint64_t* group = signs + i / 16 * steps;
-      int32_t sum = 0;
-      for (int j = 0; j < steps; ++j) sum += table[j][group[j] >> (i % 16 * 4) & 15];
-      scores[r][i] = int16_t(((2 * sum - queries[r]->total) * int32_t(factors[i])) >> shift);
-    }
+    for (int r = 0; r < R; ++r) scores[r][i] = int16_t((sum[r] * int32_t(factors[i])) >> shift);
   }
 #endif
 }
@@ -255,7 +288,7 @@ inline void scan_signs_item(const Attention& args, const SparseItem& item, const
   const Method& m = *sparse.method;
   const Block& b = sparse.blocks[item.part];
   const int64_t plane = plane_of(args, sparse, item.head), n = b.end - b.begin, group = args.q_heads / args.kv_heads;
-  const uint64_t* signs = b.signs + plane * (n / 16) * (m.planes / 4);
+  const uint32_t* signs = b.signs + plane * n * (m.planes / 32);
   const uint8_t* factors = b.factors + plane * n;
   for (int64_t g = 0; g < group; g += 4) {
     const SignQuery* queries[4];

@@ -4,7 +4,16 @@
 #pragma once
 
 constexpr float log2_e = 1.4426950408889634f;
-inline float total_of(vf x) { return sum(x); }  // where a member is called sum
+inline float total_of(vf x) {
+#if defined(__AVX512F__)
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
+  __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+  return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+#else
+  return sum(x);
+#endif
+}
 
 template <class E, int D>
 struct Gather {
@@ -18,12 +27,14 @@ struct Gather {
   const float scale;
   const Run* run;
   int waiting = 0;
-  bool corrected = false;  // whether scores are corrected by the method: not for a sample of equal weights
+  // What scores become before the softmax: nothing else, what the method makes of its own choice, or that of a centroid.
+  enum class Weighing { plain, own, centroids } weighing = Weighing::plain;
   bool doubtful = false;   // whether to estimate errors; slack is 1 for a sample of equal weights
   int64_t rows = 0, head_rows = 0;
   int32_t candidate[split];  // -1: read in any case
-  uint32_t members[split];   // bit g: query head g of the group has chosen it
-  float inverse_norm[split], is_candidate[split];
+  uint32_t members[split];   // bit g: query head g of the group has chosen it; or clusters, while these lose rows
+  float inverse_norm[split], is_candidate[split];  // tables
+  float log_counts[split];   // centroids
   float query_norm[most_group], query_mean[most_group];  // of each query head: |q|, q . mean
 
   Gather(const Attention& a, const Sequence& sequence, int64_t head, Scratch& scratch)
@@ -47,7 +58,7 @@ struct Gather {
         query_mean[g] = along;
       }
     }
-    corrected = m.own;
+    if (m.own) weighing = Weighing::own;
     doubtful = m.certify > 0;
     clear();
   }
@@ -75,27 +86,30 @@ struct Gather {
     if (++waiting == split) flush();
   }
 
-  // Runs over all chosen rows in order of position; chunk c of `split` rows goes to piece c % pieces.
+  // Runs over all chosen rows in order of position; chunk c of `split` rows goes to piece c % pieces, a power of two.
   void add_all(int part, int pieces) {
     const int64_t n = sparse.end - sparse.begin, total = seq.past + seq.queries, n_words = words(n);
     const int64_t first = m.shared ? kv_head : kv_head * group, heads = m.shared ? 1 : group;
     int64_t index = 0;
-    auto mine = [&] { return index++ / split % pieces == part; };
-    for (int64_t x = 0; x < sparse.begin; ++x)
-      if (mine()) add(x, -1, ~uint32_t(0));
+    auto piece_of = [&](int64_t i) { return int(i / split & (pieces - 1)); };
+    auto add_static = [&](int64_t begin, int64_t end) {
+      for (int64_t x = begin; x < end; ++x, ++index)
+        if (piece_of(index) == part) add(x, -1, ~uint32_t(0));
+    };
+    add_static(0, sparse.begin);
     const uint64_t* chosen = sparse.chosen + first * n_words;
     for (int64_t w = 0; w < n_words; ++w) {
       uint64_t any = 0;
       for (int64_t h = 0; h < heads; ++h) any |= chosen[h * n_words + w];
       const int count = __builtin_popcountll(any);
       if (!count) continue;
-      if (index / split % pieces != part && (index + count - 1) / split % pieces != part) {
+      if (piece_of(index) != part && piece_of(index + count - 1) != part) {
         index += count;
         continue;
       }
       for (; any; any &= any - 1) {
         const int bit = __builtin_ctzll(any);
-        if (!mine()) continue;
+        if (piece_of(index++) != part) continue;
         uint32_t who = ~uint32_t(0);
         if (m.own && !m.shared) {
           who = 0;
@@ -104,8 +118,7 @@ struct Gather {
         add(sparse.begin + w * 64 + bit, w * 64 + bit, who);
       }
     }
-    for (int64_t x = sparse.end; x < total; ++x)
-      if (mine()) add(x, -1, ~uint32_t(0));
+    add_static(sparse.end, total);
     flush();
   }
 
@@ -125,6 +138,11 @@ struct Gather {
   }
 
   void adjust(int64_t g, float* x, float* slack) const {
+    if (weighing == Weighing::plain) return;
+    if (weighing == Weighing::centroids) {
+      for (int k = 0; k < waiting; ++k) x[k] += log_counts[k];
+      return;
+    }
     const uint32_t bit = uint32_t(1) << g;
     const int end = (waiting + W - 1) / W * W;
     if (m.rank == Rank::tables) {
@@ -147,18 +165,15 @@ struct Gather {
 
   void flush() {
     if (!waiting) return;
-    rows += waiting;
     for (int i = 0; i < gather_ahead; ++i) {
       s.key_rows[waiting + i] = s.key_rows[waiting - 1];
       s.value_rows[waiting + i] = s.value_rows[waiting - 1];
     }
     for (int i = 0; i < 32; ++i) prefetch(s.key_rows[i], dim * int64_t(sizeof(Value)));
-    if (corrected) {
-      for (int k = 0; k < waiting; ++k)
-        for (int64_t g = 0; g < group; ++g) head_rows += members[k] >> g & 1;
-    } else {
-      head_rows += waiting * group;
-    }
+    if (weighing != Weighing::centroids) rows += waiting;
+    if (weighing == Weighing::plain) head_rows += waiting * group;
+    if (weighing == Weighing::own)
+      for (int k = 0; k < waiting; ++k) head_rows += __builtin_popcount(members[k] & uint32_t((uint64_t(1) << group) - 1));
     if (m.rank == Rank::tables) {
       const Block* b = sparse.blocks;
       for (int k = 0; k < (waiting + W - 1) / W * W; ++k) {
@@ -179,12 +194,11 @@ struct Gather {
       const int count = int(group - g < tile_rows ? group - g : tile_rows);
       attend_tile<E, D, true>(args, s, count, (const Value*)s.queries + g * dim, see, waiting, g == 0, group <= tile_rows, top,
                               total, s.partial, [&](float* scores) {
-                                if (!corrected) return;
                                 for (int r = 0; r < count; ++r)
                                   adjust(g + r, scores + r * split, doubtful ? s.slack + r * split : nullptr);
                               });
       for (int r = 0; r < count; ++r) {
-        if (doubtful) doubt(g + r, top[r], (const Value*)s.weights + r * split, corrected ? s.slack + r * split : nullptr);
+        if (doubtful) doubt(g + r, top[r], (const Value*)s.weights + r * split, weighing == Weighing::own ? s.slack + r * split : nullptr);
         fold(s.max[g + r], s.sum[g + r], s.acc + (g + r) * dim, top[r], total[r], s.partial + r * wide, dim);
       }
     }
@@ -315,80 +329,73 @@ struct Gather {
 
   // ---- what is not read: centroids less the rows that are ----------------------------------------------------------
 
+  // Takes the rows of a block that are read out of its clusters: their sums and numbers.
+  void remove_read(const Block& b, const uint16_t* assigned) {
+    const int64_t n = b.end - b.begin, both = 2 * dim, first_word = (b.begin - sparse.begin) / 64;
+    __builtin_memset(s.removed_counts, 0, size_t(b.clusters) * sizeof(int32_t));
+    int count = 0;
+    auto remove = [&] {
+      for (int i = 0; i < count; ++i) {
+        const int64_t c = members[i];
+        float* to = s.removed + c * both;
+        if (!s.removed_counts[c]++) __builtin_memset(to, 0, size_t(both) * sizeof(float));
+        const Value *k = (const Value*)s.key_rows[i], *v = (const Value*)s.value_rows[i];
+        int64_t d = 0;
+        for (; d + W <= dim; d += W) {
+          store(to + d, load<vf>(to + d) + E::get_vector(k + d));
+          store(to + dim + d, load<vf>(to + dim + d) + E::get_vector(v + d));
+        }
+        for (; d < dim; ++d) {
+          to[d] += E::get(k + d);
+          to[dim + d] += E::get(v + d);
+        }
+      }
+      count = 0;
+    };
+    for (int64_t w = 0; w < n / 64; ++w)
+      for (uint64_t bits = read_any(first_word + w); bits; bits &= bits - 1) {
+        const int64_t x = w * 64 + __builtin_ctzll(bits);
+        row_addresses(b.begin + x, s.key_rows[count], s.value_rows[count]);
+        prefetch(s.key_rows[count], dim * int64_t(sizeof(Value)));
+        prefetch(s.value_rows[count], dim * int64_t(sizeof(Value)));
+        members[count] = assigned[x];
+        if (++count == 32) remove();
+      }
+    remove();
+  }
+
+  // The mean of what is left of a cluster. Where little is left, rounding of the whole mean would be all of it: there the
+  // whole mean stands for the rest.
+  const Value* rest_of(const Value* whole, int64_t c, int32_t count, int32_t left) {
+    if (left == count || 8 * int64_t(left) < count) return whole;
+    const int64_t both = 2 * dim;
+    const float keep = float(count) / float(left), take = 1 / float(left), *sums = s.removed + c * both;
+    Value* rest = (Value*)s.rests + c * both;
+    int64_t d = 0;
+    for (; d + W <= both; d += W) E::put_vector(rest + d, E::get_vector(whole + d) * keep - load<vf>(sums + d) * take);
+    for (; d < both; ++d) E::put(rest + d, E::get(whole + d) * keep - sums[d] * take);
+    return rest;
+  }
+
+  // Centroids are rows that count as often as rows are left in their cluster.
   void tail() {
     const int64_t plane = plane_of(args, sparse, kv_head), both = 2 * dim;
+    weighing = Weighing::centroids;
     for (int i = 0; i < sparse.block_count; ++i) {
       const Block& b = sparse.blocks[i];
-      const int64_t n = b.end - b.begin;
       const Value* means = (const Value*)b.means + plane * b.clusters * both;
       const int32_t* counts = b.counts + plane * b.clusters;
-      const uint16_t* assigned = b.assigned + plane * n;
-      __builtin_memset(s.removed, 0, size_t(b.clusters * both) * sizeof(float));
-      __builtin_memset(s.removed_counts, 0, size_t(b.clusters) * sizeof(int32_t));
-      const int64_t first_word = (b.begin - sparse.begin) / 64;
-      for (int64_t w = 0; w < n / 64; ++w)
-        for (uint64_t bits = read_any(first_word + w); bits; bits &= bits - 1) {
-          const int64_t x = w * 64 + __builtin_ctzll(bits), c = assigned[x];
-          const char *key, *value;
-          row_addresses(b.begin + x, key, value);
-          float* to = s.removed + c * both;
-          const Value *k = (const Value*)key, *v = (const Value*)value;
-          int64_t d = 0;
-          for (; d + W <= dim; d += W) {
-            store(to + d, load<vf>(to + d) + E::get_vector(k + d));
-            store(to + dim + d, load<vf>(to + dim + d) + E::get_vector(v + d));
-          }
-          for (; d < dim; ++d) {
-            to[d] += E::get(k + d);
-            to[dim + d] += E::get(v + d);
-          }
-          ++s.removed_counts[c];
-        }
-      // Means of what is left take the place of the sums of what was read. Where little is left, rounding of the whole
-      // mean would be all of it: there the whole mean stands for the rest.
-      float top[most_group];
-      for (int64_t g = 0; g < group; ++g) top[g] = -infinity();
+      remove_read(b, b.assigned + plane * (b.end - b.begin));
       for (int64_t c = 0; c < b.clusters; ++c) {
         const int32_t left = counts[c] - s.removed_counts[c];
-        float* mean = s.removed + c * both;
-        const Value* whole = means + c * both;
-        for (int64_t g = 0; g < group; ++g) s.cluster_scores[g * b.clusters + c] = -infinity();
         if (left <= 0) continue;
-        const float log_left = float(__builtin_log2(double(left)));
-        const bool few = 8 * int64_t(left) < counts[c];
-        const float a = few ? 1 : float(counts[c]) / float(left), b_ = few ? 0 : 1 / float(left);
-        int64_t e = 0;
-        for (; e + W <= both; e += W) store(mean + e, E::get_vector(whole + e) * a - load<vf>(mean + e) * b_);
-        for (; e < both; ++e) mean[e] = E::get(whole + e) * a - mean[e] * b_;
-        for (int64_t g = 0; g < group; ++g) {
-          const Value* q = (const Value*)s.queries + g * dim;
-          vf dots = {};
-          float rest = 0;
-          int64_t d = 0;
-          for (; d + W <= dim; d += W) dots += E::get_vector(q + d) * load<vf>(mean + d);
-          for (; d < dim; ++d) rest += E::get(q + d) * mean[d];
-          const float x = (total_of(dots) + rest) * scale + log_left;
-          s.cluster_scores[g * b.clusters + c] = x;
-          top[g] = x > top[g] ? x : top[g];
-        }
+        const Value* mean = rest_of(means + c * both, c, counts[c], left);
+        s.key_rows[waiting] = (const char*)mean;
+        s.value_rows[waiting] = (const char*)(mean + dim);
+        log_counts[waiting] = __builtin_log2f(float(left)) / scale;
+        if (++waiting == split) flush();
       }
-      for (int64_t g = 0; g < group; ++g) {
-        if (top[g] == -infinity()) continue;
-        float total = 0;
-        float* acc = s.partial;
-        __builtin_memset(acc, 0, size_t(dim) * sizeof(float));
-        for (int64_t c = 0; c < b.clusters; ++c) {
-          const float x = s.cluster_scores[g * b.clusters + c];
-          if (x - top[g] < -24) continue;  // below half a unit in the last place of the sum
-          const float w = exp2_nonpositive(x - top[g]);
-          const float* mean = s.removed + c * both + dim;
-          total += w;
-          int64_t d = 0;
-          for (; d + W <= dim; d += W) store(acc + d, load<vf>(acc + d) + load<vf>(mean + d) * w);
-          for (; d < dim; ++d) acc[d] += mean[d] * w;
-        }
-        fold(s.max[g], s.sum[g], s.acc + g * dim, top[g], total, acc, dim);
-      }
+      flush();  // before the next block takes over the memory of the means
     }
   }
 };

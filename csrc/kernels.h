@@ -84,7 +84,7 @@ struct Method {
 struct Block {
   int64_t begin, end;        // candidates
   int64_t units;             // ranked rows
-  const uint64_t* signs;     // [n / 16, bits / 4]: bit 4 i + t of word j is bit 4 j + t of key i
+  const uint32_t* signs;     // [n / 16, bits / 32, 16]
   const uint8_t* factors;    // [n]: what a sum of signs is multiplied by
   const void* rows;          // [units, row_dim]
   const uint16_t* codes;     // [tables, n]: small blocks

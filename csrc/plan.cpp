@@ -124,10 +124,11 @@ void Plan::add_sparse(Work& work, size_t sequence) {
       if (m.rank == Rank::signs) scan(b, block.end - block.begin);
       if (m.rank == Rank::rows || m.rank == Rank::clusters) scan(b, block.units);
     }
-    const int pieces = m.take == Take::verify ? 1 : gather_parts;
-    if (m.tail) work.gather.push_back({s, h, gather_parts, 0, 0});
-    for (int32_t p = 0; p < pieces; ++p) work.gather.push_back({s, h, p, 0, 0});
   }
+  // Long work first, so that the threads finish together: the first pieces always have rows.
+  for (int32_t h = 0; m.tail && h < shape_.kv_heads; ++h) work.gather.push_back({s, h, gather_parts, 0, 0});
+  for (int32_t p = 0; p < (m.take == Take::verify ? 1 : gather_parts); ++p)
+    for (int32_t h = 0; h < shape_.kv_heads; ++h) work.gather.push_back({s, h, p, 0, 0});
   if (m.rank != Rank::none && m.rank != Rank::fixed && m.rank != Rank::tables)
     for (int32_t h = 0; h < choosers; ++h) work.choose.push_back({s, h, 0, 0, 0});
   const int64_t count = m.take == Take::verify ? 1 : gather_parts + (m.tail ? 1 : 0);

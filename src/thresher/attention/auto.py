@@ -11,5 +11,7 @@ class Auto(Sign):
 
     name: ClassVar[str] = "auto"
 
+    window: int = 32
+    dense_layers: str = "none"
     budget: float = 96
     tail: int = 64

@@ -7,8 +7,8 @@ import torch
 from thresher.attention.sparse import BudgetMethod, Planes, Rank, Shape
 from thresher.attention.tail import query_stretch
 from thresher.errors import UsageError
-from thresher.kernels.hashing import MOST_SIGNS, interleave_signs, project
-from thresher.kernels.linear import PackedLinear, pack_linear
+from thresher.kernels.hashing import MOST_SIGNS, pack_signs
+from thresher.kernels.linear import pack_linear
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Sign(BudgetMethod):
     def build(
         self, keys: torch.Tensor, values: torch.Tensor, frozen: dict[str, torch.Tensor], shape: Shape
     ) -> dict[str, torch.Tensor]:
-        signs = build_signs(keys, frozen, self.bits, self.seed)
+        signs = build_signs(keys, frozen)
         return signs | super().build(keys, values, frozen, shape)
 
     def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -52,6 +52,8 @@ class Sign(BudgetMethod):
 
 
 STRETCH = 0.15  # power of the queries' second moment (docs/results.md)
+SAMPLE = 4096  # keys that the rotation is fitted to
+ITQ_ROUNDS = 15
 
 
 def check_bits(name: str, bits: int) -> None:
@@ -61,19 +63,6 @@ def check_bits(name: str, bits: int) -> None:
 
 def signs_key(bits: int, seed: int) -> str:
     return f"bits={bits},seed={seed}"
-
-
-@lru_cache(maxsize=16)
-def orthonormal_directions(count: int, dim: int, seed: int) -> torch.Tensor:
-    """float32 `[count, dim]`, orthonormal in groups of dim."""
-    generator = torch.Generator().manual_seed(seed)
-    groups = [torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0] for _ in range(-(-count // dim))]
-    return torch.cat(groups)[:count].contiguous()
-
-
-@lru_cache(maxsize=16)
-def packed_directions(count: int, dim: int, seed: int, dtype: torch.dtype) -> PackedLinear:
-    return pack_linear([orthonormal_directions(count, dim, seed)], dtype)
 
 
 def sign_parameters(bits: int, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -91,27 +80,53 @@ def sign_bytes(candidates: int, bits: int, shape: Shape) -> float:
 def freeze_signs(
     keys: torch.Tensor, queries: torch.Tensor, bits: int, seed: int, shape: Shape
 ) -> dict[str, torch.Tensor]:
-    """What keys are centred by, `mean` `[planes, head_dim]`, stretched by, `sign_stretch` `[planes, head_dim,
-    head_dim]`, the `largest` factor `[planes]`, and the packed `directions` that the shrunk query is projected on."""
-    rotation = orthonormal_directions(bits, shape.heads.head_dim, seed)
+    """What keys are centred by, `mean` `[planes, head_dim]`, and then multiplied by, `spread` `[planes, head_dim, bits]`,
+    before their signs are taken; the `largest` factor `[planes]`; and the packed `directions` that queries are
+    projected on: products of queries and keys stay what they are."""
+    frozen = {"mean": keys.float().mean(dim=1)}
     stretch = query_stretch(queries, STRETCH)
-    shrink = query_stretch(queries, -STRETCH)
-    directions = [pack_linear([rotation @ plane], shape.dtype).data for plane in shrink]
-    frozen = {"mean": keys.float().mean(dim=1), "sign_stretch": stretch}
-    _, factors = _signs(keys, frozen, bits, seed)
-    return frozen | {"largest": factors.amax(dim=1).clamp(min=1e-30), "directions": torch.stack(directions)}
+    sample = keys[:, :: max(1, keys.shape[1] // SAMPLE)].float()
+    rotation = fitted_rotation(torch.bmm(sample - frozen["mean"][:, None], stretch), bits, seed)
+    shrunk = torch.bmm(query_stretch(queries, -STRETCH), rotation)
+    frozen["spread"] = torch.bmm(stretch, rotation)
+    frozen["directions"] = torch.stack([pack_linear([plane.T], shape.dtype).data for plane in shrunk])
+    _, factors = _signs(keys, frozen)
+    return frozen | {"largest": factors.amax(dim=1).clamp(min=1e-30)}
 
 
-def build_signs(keys: torch.Tensor, frozen: dict[str, torch.Tensor], bits: int, seed: int) -> dict[str, torch.Tensor]:
-    signs, factors = _signs(keys, frozen, bits, seed)
+def build_signs(keys: torch.Tensor, frozen: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    signs, factors = _signs(keys, frozen)
     rounded = (factors / frozen["largest"][:, None] * 255).round().clamp(0, 255).to(torch.uint8)
-    return {"signs": interleave_signs(signs, bits), "factors": rounded}
+    return {"signs": pack_signs(signs), "factors": rounded}
 
 
-def _signs(
-    keys: torch.Tensor, frozen: dict[str, torch.Tensor], bits: int, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    stretched = torch.bmm(keys.float() - frozen["mean"][:, None], frozen["sign_stretch"]).to(keys.dtype)
-    directions = packed_directions(bits, keys.shape[2], seed, keys.dtype)
-    signs, norms, absolute = project(stretched, torch.zeros(keys.shape[0], keys.shape[2]), directions)
-    return signs, norms.square() / absolute.clamp(min=1e-30)
+def _signs(keys: torch.Tensor, frozen: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    products = torch.bmm(keys.float() - frozen["mean"][:, None], frozen["spread"])
+    return products > 0, products.square().sum(-1) / products.abs().sum(-1).clamp(min=1e-30)
+
+
+def fitted_rotation(keys: torch.Tensor, bits: int, seed: int) -> torch.Tensor:
+    """Orthonormal columns `[planes, head_dim, bits]` along which the keys `[planes, n, head_dim]` lie close to their signs.
+
+    Up to head_dim bits: the keys' largest principal directions, turned by ITQ (Gong and Lazebnik, CVPR 2011). More bits:
+    random orthonormal groups of head_dim.
+    """
+    planes, _, dim = keys.shape
+    random = orthonormal_directions(bits, dim, seed)
+    if bits > dim:
+        return random.T.expand(planes, -1, -1)
+    principal = torch.linalg.eigh(torch.bmm(keys.transpose(1, 2), keys))[1][:, :, -bits:]
+    x = torch.bmm(keys / keys.norm(dim=-1, keepdim=True).clamp(min=1e-30), principal)
+    turn = orthonormal_directions(bits, bits, seed).T.expand(planes, -1, -1)
+    for _ in range(ITQ_ROUNDS):
+        u, _, v = torch.linalg.svd(torch.bmm(x.transpose(1, 2), torch.bmm(x, turn).sign()))
+        turn = torch.bmm(u, v)
+    return torch.bmm(principal, turn)
+
+
+@lru_cache(maxsize=16)
+def orthonormal_directions(count: int, dim: int, seed: int) -> torch.Tensor:
+    """float32 `[count, dim]`, orthonormal in groups of dim."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = [torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0] for _ in range(-(-count // dim))]
+    return torch.cat(groups)[:count].contiguous()

@@ -1,8 +1,10 @@
 """Centroids of a block of keys: what answers for the rows that are not read, and what `clusters` ranks by."""
 
 import torch
+import torch.nn.functional as F
 
 ROUNDS = 8  # of Lloyd's algorithm
+SAMPLE_PER_CENTROID = 32  # keys, about, that centroids are found with
 TOKENS_PER_CENTROID = 64  # at least, so that small blocks do not have as many centroids as large ones
 
 
@@ -21,20 +23,19 @@ def cluster_rows(
     """
     x = keys.float() if stretch is None else torch.bmm(keys.float(), stretch)
     planes, n, dim = x.shape
-    start = torch.linspace(0, n - 1, clusters).round().long() if clusters > 1 else torch.tensor([n // 2])
-    centroids = x[:, start]
-    offsets = torch.arange(planes)[:, None] * clusters
     assigned = torch.zeros(planes, n, dtype=torch.int64)
-    for _ in range(ROUNDS if clusters > 1 else 1):
-        if clusters > 1:
-            # The nearest centroid: |x - c|^2 less the same |x|^2.
-            scores = torch.baddbmm(-0.5 * centroids.square().sum(-1)[:, None], x, centroids.transpose(1, 2))
-            assigned = scores.argmax(dim=-1)
-        flat = (assigned + offsets).flatten()
-        sums = torch.zeros(planes * clusters, dim).index_add_(0, flat, x.reshape(-1, dim))
-        counts = torch.bincount(flat, minlength=planes * clusters)
-        mean = (sums / counts.clamp(min=1)[:, None]).view(planes, clusters, dim)
-        centroids = torch.where(counts.view(planes, clusters, 1) > 0, mean, centroids)
+    if clusters > 1:
+        # A part of the keys is enough to find the centroids.
+        sample = x[:, :: max(1, n // (SAMPLE_PER_CENTROID * clusters))]
+        centroids = sample[:, torch.linspace(0, sample.shape[1] - 1, clusters).round().long()]
+        for _ in range(ROUNDS):
+            member = F.one_hot(_nearest(sample, centroids), clusters).float()
+            sizes = member.sum(1)[..., None]
+            mean = torch.bmm(member.transpose(1, 2), sample) / sizes.clamp(min=1)
+            centroids = torch.where(sizes > 0, mean, centroids)
+        assigned = _nearest(x, centroids)
+    flat = (assigned + torch.arange(planes)[:, None] * clusters).flatten()
+    counts = torch.bincount(flat, minlength=planes * clusters)
     both = torch.stack([keys, values], dim=2).float().reshape(-1, 2 * dim)
     sums = torch.zeros(planes * clusters, 2 * dim).index_add_(0, flat, both)
     return {
@@ -42,6 +43,12 @@ def cluster_rows(
         "counts": counts.view(planes, clusters).int(),
         "assigned": assigned.to(torch.uint16),
     }
+
+
+def _nearest(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """The nearest centroid of each row: |x - c|^2 less the same |x|^2."""
+    bias = -0.5 * centroids.square().sum(-1)[:, None]
+    return torch.baddbmm(bias, x, centroids.transpose(1, 2)).argmax(dim=-1)
 
 
 def query_stretch(queries: torch.Tensor, power: float) -> torch.Tensor:

@@ -52,7 +52,7 @@ class Verified(SparseMethod):
     def build(
         self, keys: torch.Tensor, values: torch.Tensor, frozen: dict[str, torch.Tensor], shape: Shape
     ) -> dict[str, torch.Tensor]:
-        return build_signs(keys, frozen, self.bits, self.seed)
+        return build_signs(keys, frozen)
 
     def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
         # P(|N^ - N| > e |N|) < d and P(|D^ - D| > e D) < d give P(|o^ - o| > 4 e |o|) < 2 d for e < 1/2 (section 4.2).

@@ -7,7 +7,7 @@ from thresher.kernels.linear import PackedLinear
 from thresher.kernels.native import TYPES, kernel_set, threads
 
 MOST_DIRECTIONS = 4000  # what one query is projected on at most
-MOST_SIGNS = 1024
+MOST_SIGNS = 512
 TABLE_TOKENS = 65536  # ids in a table have 16 bits
 
 
@@ -61,13 +61,16 @@ def unpack_bits(bits: torch.Tensor, count: int) -> torch.Tensor:
     return spread.flatten(-2)[..., :count].bool()
 
 
-def interleave_signs(bits: torch.Tensor, count: int) -> torch.Tensor:
-    """Bits `[planes, n, words]` as the scan wants them: int64 `[planes, n / 16, count / 4]`, where bit 4 i + t of
-    word j is bit 4 j + t of the i-th of 16 keys. n is a multiple of 16, count one of 4."""
-    planes, n, _ = bits.shape
-    packed = bits.view(torch.uint8)[..., : count // 8]
-    nibbles = torch.stack([packed & 15, packed >> 4], dim=-1).view(planes, n // 16, 16, count // 4).transpose(2, 3)
-    return (nibbles[..., 0::2] | nibbles[..., 1::2] << 4).contiguous().view(torch.int64)[..., 0]
+def pack_signs(signs: torch.Tensor) -> torch.Tensor:
+    """bool `[planes, n, count]` as the scan wants them, 16 keys together: int32 `[planes, n / 16, count / 32, 16]`.
+
+    n is a multiple of 16, count one of 32.
+    """
+    planes, n, count = signs.shape
+    bits = signs.view(planes, n // 16, 16, count // 32, 4, 8).to(torch.uint8)
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+    packed = (bits * weights).sum(-1, dtype=torch.uint8).view(torch.int32)[..., 0]
+    return packed.transpose(2, 3).contiguous()
 
 
 def lsh_codes(bits: torch.Tensor, key_bits: int, tables: int) -> torch.Tensor:
