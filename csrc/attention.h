@@ -18,14 +18,18 @@ struct Scratch {
   uint8_t* hits;         // [candidates of a block]: tables
   void* values_left;     // [ranked] of 32 bits: what may be among the best
   uint64_t* unit_marks;  // [ranked / 64]
-  float* removed;        // [clusters, 2, head_dim]: what is read of each cluster
-  void* rests;           // [clusters, 2, head_dim]: means of what is left of each cluster
-  int32_t* removed_counts;
+  int32_t* left;         // [clusters]: rows that are not read
   float* slack;          // [tile_rows, split]: 1 - inclusion probability
   float* doubts;         // [group, head_dim + 2]
   float* kept;           // [group, head_dim + 2]
   const char *key_rows[split + gather_ahead], *value_rows[split + gather_ahead];
 };
+
+inline void relax() {  // in a loop that waits for another thread
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
 
 inline int64_t padded_ranks(int64_t n) { return (n + 63) / 64 * 64; }
 
@@ -319,6 +323,20 @@ void merge_row(const Attention& args, int32_t sequence, int64_t row, float* acc)
   write_row<E>((typename E::Value*)args.out + (token * args.q_heads + row % args.q_heads) * dim, acc, l, dim);
 }
 
+// One step of a sparse sequence, when those it needs are done.
+template <class E, int D>
+void run_step(const Attention& args, const SparseItem& item, Scratch& s) {
+  int32_t* done = args.sequences[item.sequence].sparse->done + 4 * item.kv_head;
+  while (item.count && __atomic_load_n(done + int(item.after), __ATOMIC_ACQUIRE) < item.count) relax();
+  switch (item.step) {
+    case Step::prepare: prepare_item<E>(args, item, s); break;
+    case Step::scan: scan_item<E>(args, item, s); break;
+    case Step::choose: choose_item(args, item, s); break;
+    case Step::gather: gather_item<E, D>(args, item, s); break;
+  }
+  __atomic_fetch_add(done + int(item.step), 1, __ATOMIC_RELEASE);
+}
+
 // Carves aligned arrays out of memory; with none, only counts bytes.
 struct Carver {
   char* at;
@@ -366,9 +384,7 @@ inline int64_t carve(const Attention& args, char* memory, Scratch& s) {
   c.take(s.hits, block + 64);
   c.take(s.values_left, (padded_ranks(ranked) + clusters + 64) * 4);
   c.take(s.unit_marks, padded_ranks(ranked) / 8 + 64);
-  c.take(s.removed, clusters * 2 * dim * 4);
-  c.take(s.rests, clusters * 2 * dim * value);
-  c.take(s.removed_counts, clusters * 4);
+  c.take(s.left, clusters * 4);
   c.take(s.slack, tile_rows * split * 4);
   c.take(s.doubts, group * (dim + 2) * 4);
   c.take(s.kept, group * (dim + 2) * 4);
@@ -392,26 +408,14 @@ void attend_threads(const Attention& args) {
 #pragma omp for schedule(static) nowait
       for (int64_t t = 0; t < seq.queries; ++t) append_token<E>(args, seq, t);
     }
-    if (args.prepare_count) {
-#pragma omp for schedule(dynamic, 1) nowait
-      for (int64_t i = 0; i < args.prepare_count; ++i) prepare_item<E>(args, args.prepare_items[i], s);
-    }
 #pragma omp barrier
-    if (args.scan_count) {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < args.scan_count; ++i) scan_item<E>(args, args.scan_items[i], s);
-    }
-    if (args.choose_count) {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < args.choose_count; ++i) choose_item(args, args.choose_items[i], s);
+    if (args.sparse_count) {
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t i = 0; i < args.sparse_count; ++i) run_step<E, D>(args, args.sparse_items[i], s);
     }
     // Folded blocks differ in length; the splits of decode do not, and follow each other in memory.
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t i = 0; i < args.fold_count; ++i) attend_item<E, D>(args, args.items[i], s);
-    if (args.gather_count) {
-#pragma omp for schedule(dynamic, 1) nowait
-      for (int64_t i = 0; i < args.gather_count; ++i) gather_item<E, D>(args, args.gather_items[i], s);
-    }
 #pragma omp for schedule(static)
     for (int64_t i = args.fold_count; i < args.item_count; ++i) attend_item<E, D>(args, args.items[i], s);
     for (int32_t i = 0; i < args.sequence_count; ++i) {

@@ -32,7 +32,7 @@ struct Gather {
   bool doubtful = false;   // whether to estimate errors; slack is 1 for a sample of equal weights
   int64_t rows = 0, head_rows = 0;
   int32_t candidate[split];  // -1: read in any case
-  uint32_t members[split];   // bit g: query head g of the group has chosen it; or clusters, while these lose rows
+  uint32_t members[split];   // bit g: query head g of the group has chosen it
   float inverse_norm[split], is_candidate[split];  // tables
   float log_counts[split];   // centroids
   float query_norm[most_group], query_mean[most_group];  // of each query head: |q|, q . mean
@@ -329,74 +329,28 @@ struct Gather {
 
   // ---- what is not read: centroids less the rows that are ----------------------------------------------------------
 
-  // Takes the rows of a block that are read out of its clusters: their sums and numbers.
-  void remove_read(const Block& b, const uint16_t* assigned) {
-    const int64_t n = b.end - b.begin, both = 2 * dim, first_word = (b.begin - sparse.begin) / 64;
-    __builtin_memset(s.removed_counts, 0, size_t(b.clusters) * sizeof(int32_t));
-    int count = 0;
-    auto remove = [&] {
-      for (int i = 0; i < count; ++i) {
-        const int64_t c = members[i];
-        float* to = s.removed + c * both;
-        if (!s.removed_counts[c]++) __builtin_memset(to, 0, size_t(both) * sizeof(float));
-        const Value *k = (const Value*)s.key_rows[i], *v = (const Value*)s.value_rows[i];
-        int64_t d = 0;
-        for (; d + W <= dim; d += W) {
-          store(to + d, load<vf>(to + d) + E::get_vector(k + d));
-          store(to + dim + d, load<vf>(to + dim + d) + E::get_vector(v + d));
-        }
-        for (; d < dim; ++d) {
-          to[d] += E::get(k + d);
-          to[dim + d] += E::get(v + d);
-        }
-      }
-      count = 0;
-    };
-    for (int64_t w = 0; w < n / 64; ++w)
-      for (uint64_t bits = read_any(first_word + w); bits; bits &= bits - 1) {
-        const int64_t x = w * 64 + __builtin_ctzll(bits);
-        row_addresses(b.begin + x, s.key_rows[count], s.value_rows[count]);
-        prefetch(s.key_rows[count], dim * int64_t(sizeof(Value)));
-        prefetch(s.value_rows[count], dim * int64_t(sizeof(Value)));
-        members[count] = assigned[x];
-        if (++count == 32) remove();
-      }
-    remove();
-  }
-
-  // The mean of what is left of a cluster. Where little is left, rounding of the whole mean would be all of it: there the
-  // whole mean stands for the rest.
-  const Value* rest_of(const Value* whole, int64_t c, int32_t count, int32_t left) {
-    if (left == count || 8 * int64_t(left) < count) return whole;
-    const int64_t both = 2 * dim;
-    const float keep = float(count) / float(left), take = 1 / float(left), *sums = s.removed + c * both;
-    Value* rest = (Value*)s.rests + c * both;
-    int64_t d = 0;
-    for (; d + W <= both; d += W) E::put_vector(rest + d, E::get_vector(whole + d) * keep - load<vf>(sums + d) * take);
-    for (; d < both; ++d) E::put(rest + d, E::get(whole + d) * keep - sums[d] * take);
-    return rest;
-  }
-
-  // Centroids are rows that count as often as rows are left in their cluster.
+  // Centroids are rows that count as often as rows of their cluster are left. Their means stay those of the whole cluster:
+  // taking what was read out of them costs a second reading of it and gains nothing (docs/results.md).
   void tail() {
     const int64_t plane = plane_of(args, sparse, kv_head), both = 2 * dim;
     weighing = Weighing::centroids;
     for (int i = 0; i < sparse.block_count; ++i) {
       const Block& b = sparse.blocks[i];
+      const int64_t n = b.end - b.begin, first_word = (b.begin - sparse.begin) / 64;
       const Value* means = (const Value*)b.means + plane * b.clusters * both;
-      const int32_t* counts = b.counts + plane * b.clusters;
-      remove_read(b, b.assigned + plane * (b.end - b.begin));
+      const uint16_t* assigned = b.assigned + plane * n;
+      __builtin_memcpy(s.left, b.counts + plane * b.clusters, size_t(b.clusters) * sizeof(int32_t));
+      for (int64_t w = 0; w < n / 64; ++w)
+        for (uint64_t bits = read_any(first_word + w); bits; bits &= bits - 1) --s.left[assigned[w * 64 + __builtin_ctzll(bits)]];
       for (int64_t c = 0; c < b.clusters; ++c) {
-        const int32_t left = counts[c] - s.removed_counts[c];
-        if (left <= 0) continue;
-        const Value* mean = rest_of(means + c * both, c, counts[c], left);
-        s.key_rows[waiting] = (const char*)mean;
-        s.value_rows[waiting] = (const char*)(mean + dim);
-        log_counts[waiting] = __builtin_log2f(float(left)) / scale;
+        if (s.left[c] <= 0) continue;
+        s.key_rows[waiting] = (const char*)(means + c * both);
+        s.value_rows[waiting] = (const char*)(means + c * both + dim);
+        log_counts[waiting] = __builtin_log2f(float(s.left[c])) / scale;
         if (++waiting == split) flush();
       }
-      flush();  // before the next block takes over the memory of the means
     }
+    flush();
   }
 };
 

@@ -116,6 +116,7 @@ struct Sparse {  // one sequence in one pass
   char* scores;
   uint64_t* chosen;
   char* queries;
+  int32_t* done;  // [kv_heads, 4]: steps of each kind that are finished in this layer
   Counters* counters;
 };
 
@@ -123,8 +124,15 @@ constexpr int64_t ranking_query_bytes = 4096;  // of one query head
 constexpr int most_group = 32;                 // query heads of a KV head
 constexpr int gather_parts = 4;                // pieces that a KV head's gathered rows are dealt out to
 
+enum class Step : int32_t { prepare = 0, scan = 1, choose = 2, gather = 3 };
+
+// One step of one sparse sequence. Steps are handed out in order, so those that a step waits for are never behind it.
 struct SparseItem {
-  int32_t sequence, head;  // head: of queries or of keys and values, by what the item is for
+  Step step;
+  int32_t sequence, head;  // head: of queries (choosers) or, for scan and gather, of keys and values
+  int32_t kv_head;
+  Step after;              // waits until `count` steps of this kind are done for its KV head
+  int32_t count;
   int32_t part;            // scan: block; gather: piece, gather_parts: the tail
   int64_t begin, end;      // scan: ranked rows of the block
 };
@@ -176,8 +184,8 @@ struct Attention {
   int64_t fold_count, item_count;  // items that fold come first
   const Span* spans;
   const Slots* slots;  // one for each sequence
-  const SparseItem *prepare_items, *scan_items, *choose_items, *gather_items;
-  int64_t prepare_count, scan_count, choose_count, gather_count;
+  const SparseItem* sparse_items;
+  int64_t sparse_count;
   float* partials;     // one slot: max, sum, acc[head_dim]
   float* doubts;       // one slot: sums of a, a |v|^2, a v with a = weight^2 (1 - inclusion probability); or null
   char* escalated;     // [sequences, q_heads]: which of them are to be answered by dense attention

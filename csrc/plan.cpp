@@ -111,29 +111,40 @@ bool Plan::is_sparse(size_t sequence, int layer, int64_t layer_window) const {
 void Plan::add_sparse(Work& work, size_t sequence) {
   const Sparse& sparse = *sparse_of_[sequence];
   const Method& m = *sparse.method;
-  const int32_t s = int32_t(sequence), choosers = m.shared ? shape_.kv_heads : shape_.q_heads;
-  constexpr int64_t piece = 2048;
-  for (int32_t h = 0; h < (m.rank == Rank::fixed ? choosers : shape_.q_heads); ++h) work.prepare.push_back({s, h, 0, 0, 0});
-  for (int32_t h = 0; h < shape_.kv_heads; ++h) {
-    auto scan = [&](int32_t block, int64_t rows) {
-      for (int64_t at = 0; at < rows; at += piece) work.scan.push_back({s, h, block, at, std::min(at + piece, rows)});
-    };
-    if (m.rank == Rank::keys) scan(0, sparse.ranked);
-    for (int32_t b = 0; b < sparse.block_count; ++b) {
-      const Block& block = sparse.blocks[b];
-      if (m.rank == Rank::signs) scan(b, block.end - block.begin);
-      if (m.rank == Rank::rows || m.rank == Rank::clusters) scan(b, block.units);
-    }
-  }
-  // Long work first, so that the threads finish together: the first pieces always have rows.
-  for (int32_t h = 0; m.tail && h < shape_.kv_heads; ++h) work.gather.push_back({s, h, gather_parts, 0, 0});
-  for (int32_t p = 0; p < (m.take == Take::verify ? 1 : gather_parts); ++p)
-    for (int32_t h = 0; h < shape_.kv_heads; ++h) work.gather.push_back({s, h, p, 0, 0});
-  if (m.rank != Rank::none && m.rank != Rank::fixed && m.rank != Rank::tables)
-    for (int32_t h = 0; h < choosers; ++h) work.choose.push_back({s, h, 0, 0, 0});
-  const int64_t count = m.take == Take::verify ? 1 : gather_parts + (m.tail ? 1 : 0);
-  work.slots[sequence] = {work.slot_count, count, count, 0};
-  work.slot_count += count * shape_.q_heads;
+  const int32_t s = int32_t(sequence), group = shape_.q_heads / shape_.kv_heads;
+  const int32_t choosing = m.shared ? 1 : group;  // choosers of a KV head
+  const int32_t preparing = m.rank == Rank::fixed ? choosing : group;
+  const bool ranked = m.rank == Rank::keys || m.rank == Rank::signs || m.rank == Rank::rows || m.rank == Rank::clusters;
+  constexpr int64_t piece = 4096;
+  std::vector<std::pair<int32_t, int64_t>> scans;  // block, first row
+  auto scan = [&](int32_t block, int64_t rows) {
+    for (int64_t at = 0; at < rows; at += piece) scans.push_back({block, at});
+  };
+  auto rows_of = [&](int32_t b) {
+    if (m.rank == Rank::keys) return sparse.ranked;
+    const Block& block = sparse.blocks[b];
+    return m.rank == Rank::signs ? block.end - block.begin : block.units;
+  };
+  if (m.rank == Rank::keys) scan(0, rows_of(0));
+  for (int32_t b = 0; ranked && m.rank != Rank::keys && b < sparse.block_count; ++b) scan(b, rows_of(b));
+  for (int32_t h = 0; h < shape_.kv_heads; ++h)
+    for (int32_t i = 0; i < preparing; ++i)
+      work.sparse.push_back({Step::prepare, s, h * preparing + i, h, Step::prepare, 0, 0, 0, 0});
+  for (int32_t h = 0; ranked && h < shape_.kv_heads; ++h)
+    for (const auto& [block, at] : scans)
+      work.sparse.push_back({Step::scan, s, h, h, Step::prepare, preparing, block, at, std::min(at + piece, rows_of(block))});
+  for (int32_t h = 0; ranked && h < shape_.kv_heads; ++h)
+    for (int32_t i = 0; i < choosing; ++i)
+      work.sparse.push_back({Step::choose, s, h * choosing + i, h, Step::scan, int32_t(scans.size()), 0, 0, 0});
+  const Step last = ranked ? Step::choose : Step::prepare;
+  const int32_t count = ranked ? choosing : preparing, pieces = m.take == Take::verify ? 1 : gather_parts;
+  for (int32_t p = 0; p < pieces; ++p)
+    for (int32_t h = 0; h < shape_.kv_heads; ++h) work.sparse.push_back({Step::gather, s, h, h, last, count, p, 0, 0});
+  for (int32_t h = 0; m.tail && h < shape_.kv_heads; ++h)
+    work.sparse.push_back({Step::gather, s, h, h, last, count, gather_parts, 0, 0});
+  const int64_t slots = pieces + (m.tail ? 1 : 0);
+  work.slots[sequence] = {work.slot_count, slots, slots, 0};
+  work.slot_count += slots * shape_.q_heads;
   work.certify |= m.certify > 0;
 }
 
@@ -142,14 +153,16 @@ void Plan::place_sparse() {
   auto bytes = [&](const Sparse& s, char* at) {
     const int64_t ranked = (s.ranked + 63) / 64 * 64, n_words = (s.end - s.begin + 63) / 64;
     const int64_t scores = shape_.q_heads * ranked * 4, chosen = shape_.q_heads * n_words * 8;
-    const int64_t sizes[] = {scores, (chosen + 63) / 64 * 64, shape_.q_heads * ranking_query_bytes};
+    const int64_t sizes[] = {scores, (chosen + 63) / 64 * 64, shape_.q_heads * ranking_query_bytes,
+                             (shape_.kv_heads * 16 + 63) / 64 * 64};
     if (at) {
       Sparse& to = const_cast<Sparse&>(s);
       to.scores = at;
       to.chosen = (uint64_t*)(at + sizes[0]);
       to.queries = at + sizes[0] + sizes[1];
+      to.done = (int32_t*)(at + sizes[0] + sizes[1] + sizes[2]);
     }
-    return sizes[0] + sizes[1] + sizes[2];
+    return sizes[0] + sizes[1] + sizes[2] + sizes[3];
   };
   int64_t total = 64;
   for (const Sparse& s : sparse_) total += bytes(s, nullptr);
@@ -221,6 +234,8 @@ const Plan::Work& Plan::work(int layer, int64_t layer_window) {
       shared[index].keys = std::max(shared[index].keys, std::min(total, (part + 1) * split) - part * split);
     }
   }
+  std::stable_sort(work.sparse.begin(), work.sparse.end(),
+                   [](const SparseItem& a, const SparseItem& b) { return a.step < b.step; });
   // Long work first, so that the threads finish together.
   std::stable_sort(folds.begin(), folds.end(), [](const Item& a, const Item& b) {
     return a.split_end - a.split_begin > b.split_end - b.split_begin;
@@ -272,14 +287,9 @@ void Plan::run(Attention args, const Work& w) {
   args.threads = shape_.threads;
   args.sequences = w.sequences.data();
   args.sequence_count = int32_t(w.sequences.size());
-  args.prepare_items = w.prepare.data();
-  args.prepare_count = int64_t(w.prepare.size());
-  args.scan_items = w.scan.data();
-  args.scan_count = int64_t(w.scan.size());
-  args.choose_items = w.choose.data();
-  args.choose_count = int64_t(w.choose.size());
-  args.gather_items = w.gather.data();
-  args.gather_count = int64_t(w.gather.size());
+  args.sparse_items = w.sparse.data();
+  args.sparse_count = int64_t(w.sparse.size());
+  for (const Sparse& sparse : sparse_) std::memset(sparse.done, 0, size_t(shape_.kv_heads) * 16);
   args.items = w.items.data();
   args.item_count = int64_t(w.items.size());
   args.fold_count = w.fold_count;

@@ -50,7 +50,7 @@ class Plan {
  private:
   struct Work {
     std::vector<Sequence> sequences;
-    std::vector<SparseItem> prepare, scan, choose, gather;
+    std::vector<SparseItem> sparse;  // in order of their steps
     bool certify = false;
     std::vector<Item> items;
     int64_t fold_count = 0;

@@ -13,5 +13,6 @@ class Auto(Sign):
 
     window: int = 32
     dense_layers: str = "none"
-    budget: float = 96
+    budget: float = 128
+    bits: int = 32
     tail: int = 64

@@ -80,9 +80,9 @@ def sign_bytes(candidates: int, bits: int, shape: Shape) -> float:
 def freeze_signs(
     keys: torch.Tensor, queries: torch.Tensor, bits: int, seed: int, shape: Shape
 ) -> dict[str, torch.Tensor]:
-    """What keys are centred by, `mean` `[planes, head_dim]`, and then multiplied by, `spread` `[planes, head_dim, bits]`,
-    before their signs are taken; the `largest` factor `[planes]`; and the packed `directions` that queries are
-    projected on: products of queries and keys stay what they are."""
+    """What keys are centred by, `mean` `[planes, head_dim]`, and then multiplied by, `spread` `[planes, head_dim,
+    bits]`, before their signs are taken; the `largest` factor `[planes]`; and the packed `directions` that queries
+    are projected on: products of queries and keys stay what they are."""
     frozen = {"mean": keys.float().mean(dim=1)}
     stretch = query_stretch(queries, STRETCH)
     sample = keys[:, :: max(1, keys.shape[1] // SAMPLE)].float()
@@ -106,10 +106,11 @@ def _signs(keys: torch.Tensor, frozen: dict[str, torch.Tensor]) -> tuple[torch.T
 
 
 def fitted_rotation(keys: torch.Tensor, bits: int, seed: int) -> torch.Tensor:
-    """Orthonormal columns `[planes, head_dim, bits]` along which the keys `[planes, n, head_dim]` lie close to their signs.
+    """Orthonormal columns `[planes, head_dim, bits]` along which the keys `[planes, n, head_dim]` lie close to
+    their signs.
 
-    Up to head_dim bits: the keys' largest principal directions, turned by ITQ (Gong and Lazebnik, CVPR 2011). More bits:
-    random orthonormal groups of head_dim.
+    Up to head_dim bits: the keys' largest principal directions, turned by ITQ (Gong and Lazebnik, CVPR 2011). More
+    bits: random orthonormal groups of head_dim.
     """
     planes, _, dim = keys.shape
     random = orthonormal_directions(bits, dim, seed)
