@@ -242,7 +242,7 @@ struct Gather {
     }
   }
 
-  // ---- a sample of the rest, as large as the error asks for (vAttention, section 4) ----------------------------------
+  // ---- a sample of the rest, as large as the error asks for (vAttention) ----------------------------------
 
   uint64_t read_any(int64_t w) const {  // candidates 64 w .. that are read exactly
     const int64_t n_words = words(sparse.end - sparse.begin);

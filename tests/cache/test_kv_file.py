@@ -57,7 +57,7 @@ def save(path, made):
 def test_round_trip(tmp_path, n, dtype):
     made = sequence(n, dtype)
     save(tmp_path / "x.kv", made)
-    opened, found = kv.open_kv(tmp_path / "x.kv", expect=IDENTITY, layout=made.layout)
+    opened, found, _ = kv.open_kv(tmp_path / "x.kv", expect=IDENTITY, layout=made.layout)
     assert found == info(made) == kv.inspect(tmp_path / "x.kv")
     assert opened.token_ids == made.token_ids
     assert torch.equal(opened.rows(0, n), made.rows(0, n))
@@ -68,7 +68,7 @@ def test_an_opened_file_goes_on_without_being_written(tmp_path):
     made = sequence(100)
     save(tmp_path / "x.kv", made)
     before = (tmp_path / "x.kv").read_bytes()
-    opened, _ = kv.open_kv(tmp_path / "x.kv")
+    opened, *_ = kv.open_kv(tmp_path / "x.kv")
     more = sequence(40, seed=1)
     opened.crop(90)
     opened.append(more.token_ids, more.rows(0, 40))
@@ -158,7 +158,7 @@ def test_a_file_larger_than_memory(tmp_path):
         file.truncate(where.end)
         file.seek(where.end - 2)
         file.write(b"\x80\x3f")  # 1.0, the last value
-    opened, _ = kv.open_kv(tmp_path / "x.kv", verify=False)
+    opened, *_ = kv.open_kv(tmp_path / "x.kv", verify=False)
     assert opened.length == length
     data, used = opened.segments()[0]
     assert used == length
@@ -219,7 +219,7 @@ def test_writing_goes_on_where_it_was_cut(tmp_path):
         assert loaded.token_ids == made.token_ids[:1024]
         writer.write(made, 1800)
         writer.finish()
-    opened, _ = kv.open_kv(path)
+    opened, *_ = kv.open_kv(path)
     assert torch.equal(opened.rows(0, 1800), made.rows(0, 1800))
     assert os.listdir(tmp_path) == ["x.kv"]
 

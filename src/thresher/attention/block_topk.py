@@ -9,7 +9,7 @@ from thresher.attention.sparse import BudgetMethod, Rank, Shape
 
 @dataclass(frozen=True)
 class BlockTopK(BudgetMethod):
-    """Blocks of tokens ranked by their mean key, one choice for all query heads of a KV head; Kinetics, section 4.
+    """Blocks of tokens ranked by their mean key, one choice for all query heads of a KV head; Kinetics.
 
     block: tokens of a block, a divisor of 64.
     """
@@ -31,7 +31,7 @@ class BlockTopK(BudgetMethod):
     def build(
         self, keys: torch.Tensor, values: torch.Tensor, frozen: dict[str, torch.Tensor], shape: Shape
     ) -> dict[str, torch.Tensor]:
-        mean = keys.unflatten(1, (-1, self.block)).float().mean(dim=2)
+        mean = keys.view(keys.shape[0], -1, self.block, keys.shape[2]).float().mean(dim=2)
         return {"rows": mean.to(shape.dtype)} | super().build(keys, values, frozen, shape)
 
     def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:

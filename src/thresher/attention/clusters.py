@@ -10,8 +10,7 @@ from thresher.errors import UsageError
 
 @dataclass(frozen=True)
 class Clusters(SparseMethod):
-    """Clusters of keys ranked by their centroids; the best are read, the others answered by centroid; RetroInfer,
-    section 3.
+    """Clusters of keys ranked by their centroids; the best are read, the others answered by centroid; RetroInfer.
 
     budget: tokens that a query head's clusters may hold, or below 1 a share of the context. tokens: of a cluster,
     on average.

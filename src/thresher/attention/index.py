@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from thresher.attention.snapkv import SnapKV, pack_marks
-from thresher.attention.sparse import GROUP, RECENT_QUERIES, Shape, SparseMethod
+from thresher.attention.sparse import GROUP, RECENT_QUERIES, Rank, Shape, SparseMethod
 from thresher.cache.sequence import KVSequence
 from thresher.kernels import _native
 from thresher.kernels.attention import SparseReading
@@ -72,6 +72,40 @@ class Index:
         other.blocks = list(self.blocks)
         other._make_native()
         return other
+
+    def state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """What `restore` needs: JSON values and named arrays."""
+        arrays = {f"frozen/{name}": t for name, t in self.frozen.items()}
+        for i, block in enumerate(self.blocks):
+            arrays |= {f"{i}/{name}": t for name, t in block.arrays.items()}
+        return {"method": str(self.method), "blocks": [[b.begin, b.end] for b in self.blocks]}, arrays
+
+    @classmethod
+    def restore(
+        cls,
+        method: SparseMethod,
+        shape: Shape,
+        layers: int,
+        length: int,
+        meta: dict[str, Any],
+        arrays: dict[str, torch.Tensor],
+    ) -> "Index":
+        """The index of a sequence of `length` tokens from its `state`. Raises ValueError if anything is not as it would
+        have been built, down to the numbers that the kernels use as positions: arrays may come from a stranger."""
+        index = cls(method, shape, layers)
+        bounds = meta["blocks"]
+        reached = method.sinks
+        for i, (begin, end) in enumerate(bounds):
+            if begin != reached or type(end) is not int or not begin < end <= length or (end - begin) % GROUP:
+                raise ValueError("blocks do not follow each other")
+            block = Block(begin, end, {n.partition("/")[2]: t for n, t in arrays.items() if n.startswith(f"{i}/")})
+            check_block(block)
+            index.blocks.append(block)
+            reached = end
+        index.frozen = {n.partition("/")[2]: t for n, t in arrays.items() if n.startswith("frozen/")}
+        index._check_shapes()
+        index._make_native()
+        return index
 
     def serves(self, method: SparseMethod) -> bool:
         """Whether this index is one for the method, whatever its other parameters."""
@@ -171,6 +205,21 @@ class Index:
             .flatten(0, 1)
         )
 
+    def _check_shapes(self) -> None:
+        """Names, dtypes and shapes must be those that building gives: it is tried on one plane of zeros."""
+        planes = len(self.layers) * self.shape.heads.kv_heads
+        frozen: dict[str, torch.Tensor] | None = None
+        for block in self.blocks:
+            n = block.end - block.begin
+            zeros = torch.zeros(1, n, self.shape.heads.head_dim, dtype=self.shape.dtype)
+            if frozen is None:
+                frozen = self.method.freeze(zeros, lambda: zeros.float(), self.shape)  # noqa: B023
+            arrays = self.method.build(zeros, zeros, frozen, self.shape)
+            if self.method.rank == Rank.FIXED:
+                arrays = arrays | {"keep": torch.zeros(1, n // 64, dtype=torch.int64)}
+            _check_like(block.arrays, arrays, planes)
+        _check_like(self.frozen, frozen or {}, planes)
+
     def _parameters(self) -> dict[str, Any]:
         parameters = self.method.parameters(self.shape, self.frozen)
         self._kept = [v for v in parameters.values() if isinstance(v, torch.Tensor)]
@@ -188,6 +237,28 @@ class Index:
         if "mean" in self.frozen:
             self._native.set_mean(self.frozen["mean"].data_ptr())
         self._native.set_blocks([(b.begin, b.end, _addresses(b)) for b in self.blocks])
+
+
+def check_block(block: Block) -> None:
+    """Raises ValueError if a number that the kernels use as a position leads out of the block's arrays."""
+    arrays, n = block.arrays, block.end - block.begin
+    if "ids" in arrays and int(arrays["ids"].int().amax()) >= n:
+        raise ValueError("ids beyond the block")
+    clusters = arrays["counts"].shape[1] if "counts" in arrays else 0
+    if "assigned" in arrays and int(arrays["assigned"].int().amax()) >= clusters:
+        raise ValueError("clusters that do not exist")
+    if "heads" in arrays:
+        heads = arrays["heads"]
+        if bool((heads[..., 0] != 0).any() | (heads[..., -1] != n).any() | (heads.diff(dim=-1) < 0).any()):
+            raise ValueError("buckets out of order")
+
+
+def _check_like(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], planes: int) -> None:
+    if got.keys() != expected.keys():
+        raise ValueError("other arrays than the method builds")
+    for name, t in expected.items():
+        if got[name].dtype != t.dtype or got[name].shape != (planes, *t.shape[1:]):
+            raise ValueError(f"{name} of another shape")
 
 
 def _addresses(block: Block) -> dict[str, int]:

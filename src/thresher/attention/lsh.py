@@ -12,6 +12,7 @@ from thresher.kernels.linear import PackedLinear, pack_linear
 
 SORTED_TOKENS = 1024  # blocks of fewer tokens keep their codes as they are: buckets would take more than they save
 COSINES = 4096  # points of the table of log probabilities
+FULLNESS = 4.6  # how much fuller the buckets of queries are than if keys were spread evenly (docs/results.md)
 TYPICAL_COSINE = 0.12  # where keys of prose lie on average, for the expected cost (docs/results.md)
 
 
@@ -82,13 +83,13 @@ class LSH(SparseMethod):
         return hash_directions(max(1, self.K * self.L), shape.heads.head_dim, self.seed, shape.dtype)
 
     def rows_read(self, candidates: int, shape: Shape) -> float:
-        each = inclusion_probability(np.array([TYPICAL_COSINE]), self.K, self.L)[0] * candidates
+        each = float(inclusion_probability(np.array([TYPICAL_COSINE]), self.K, self.L)[0]) * candidates
         return min(float(candidates), each * (1 + 0.55 * (shape.group - 1)))
 
     def index_bytes(self, candidates: int, shape: Shape) -> float:
         """Bucket heads (a cache line each), the ids of the buckets, norms."""
         blocks = -(-candidates // self.segment)
-        entries = 2.0 * candidates * self.L / 2**self.K
+        entries = FULLNESS * candidates * self.L / float(2**self.K)
         return shape.group * (blocks * self.L * 128 + 2 * entries) + 4 * candidates
 
 
@@ -112,7 +113,7 @@ def inclusion_probability(cosine: np.ndarray, K: int, L: int) -> np.ndarray:
     for m in range(2, min(L, 14) + 1):
         small += term * (1 - a) ** (L - m)
         term = term * a * (L - m) / (m + 1)
-    return np.where(L * a < 0.5, small, direct)
+    return np.asarray(np.where(L * a < 0.5, small, direct))
 
 
 @lru_cache(maxsize=16)

@@ -9,8 +9,7 @@ from thresher.errors import UsageError
 
 @dataclass(frozen=True)
 class Quest(BudgetMethod):
-    """Pages of tokens ranked by an upper bound of their scores, from the least and greatest of each channel; Quest,
-    section 3.2.
+    """Pages of tokens ranked by an upper bound of their scores, from the least and greatest of each channel; Quest.
 
     page: tokens of a page, a divisor of 64.
     """
@@ -31,7 +30,7 @@ class Quest(BudgetMethod):
     def build(
         self, keys: torch.Tensor, values: torch.Tensor, frozen: dict[str, torch.Tensor], shape: Shape
     ) -> dict[str, torch.Tensor]:
-        least, greatest = keys.unflatten(1, (-1, self.page)).aminmax(dim=2)
+        least, greatest = keys.view(keys.shape[0], -1, self.page, keys.shape[2]).aminmax(dim=2)
         return {"rows": torch.cat([least, greatest], dim=-1)} | super().build(keys, values, frozen, shape)
 
     def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import fields
+from typing import Any
 
 from thresher.attention.auto import Auto
 from thresher.attention.base import AttentionMethod
@@ -30,7 +31,7 @@ def parse_method(text: str) -> AttentionMethod:
     if name not in METHODS:
         raise UsageError(f"attention '{name}': {_unknown(name, list(METHODS))}")
     method = METHODS[name]
-    types = {f.name: type(f.default) for f in fields(method)}
+    types: dict[str, Any] = {f.name: type(f.default) for f in fields(method)}
     chosen: dict[str, int | float | str] = {}
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")

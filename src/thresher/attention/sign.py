@@ -13,8 +13,7 @@ from thresher.kernels.linear import pack_linear
 
 @dataclass(frozen=True)
 class Sign(BudgetMethod):
-    """Ranks all keys by one bit a direction against the unrounded query, then reads the best; RaBitQ's estimator,
-    section 3.
+    """Ranks all keys by one bit a direction against the unrounded query, then reads the best; RaBitQ's estimator.
 
     A key, centred and stretched along the directions that queries have, is kept as the signs of its products with
     orthonormal directions and one factor |k|^2 / sum |products|: 8 bytes and one for 64 bits, read in order. The

@@ -11,8 +11,7 @@ from thresher.errors import UsageError
 
 @dataclass(frozen=True)
 class SnapKV(BudgetMethod):
-    """The rows that the prompt's last queries attended to most, chosen once, and all that is generated; SnapKV,
-    section 4.
+    """The rows that the prompt's last queries attended to most, chosen once, and all that is generated; SnapKV.
 
     observe: queries that vote. pool: width of the max-pooling of their votes along the text, odd. One choice for a
     KV head. Rows that are not chosen stay in the cache (they are not read): this measures the choice, not the
@@ -63,5 +62,5 @@ class SnapKV(BudgetMethod):
 
 def pack_marks(marks: torch.Tensor) -> torch.Tensor:
     """bool `[planes, n]` -> int64 `[planes, n / 64]`, the first in the lowest bit."""
-    bits = marks.unflatten(1, (-1, 64)).long() << torch.arange(64)
+    bits: torch.Tensor = marks.view(marks.shape[0], -1, 64).long() << torch.arange(64)
     return bits.sum(-1)

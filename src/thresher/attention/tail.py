@@ -47,8 +47,8 @@ def cluster_rows(
 
 def _nearest(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     """The nearest centroid of each row: |x - c|^2 less the same |x|^2."""
-    bias = -0.5 * centroids.square().sum(-1)[:, None]
-    return torch.baddbmm(bias, x, centroids.transpose(1, 2)).argmax(dim=-1)
+    products = torch.bmm(x, centroids.transpose(1, 2))
+    return (products - 0.5 * centroids.square().sum(-1)[:, None]).argmax(dim=-1)
 
 
 def query_stretch(queries: torch.Tensor, power: float) -> torch.Tensor:

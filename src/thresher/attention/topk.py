@@ -6,7 +6,7 @@ from thresher.attention.sparse import BudgetMethod, Rank, Shape
 
 @dataclass(frozen=True)
 class TopK(BudgetMethod):
-    """Exact scores of all keys, then the best: the oracle of methods that rank; Kinetics, section 4.
+    """Exact scores of all keys, then the best: the oracle of methods that rank; Kinetics.
 
     Reads all keys, so it is no faster than dense; others are held against its choice.
     """

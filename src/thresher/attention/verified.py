@@ -11,8 +11,7 @@ from thresher.errors import UsageError
 
 @dataclass(frozen=True)
 class Verified(SparseMethod):
-    """The best rows by sign bits, and of the rest a uniform sample as large as a stated error asks for; vAttention,
-    section 4.
+    """The best rows by sign bits, and of the rest a uniform sample as large as a stated error asks for; vAttention.
 
     heavy: tokens a query head chooses (all are weighed by the whole group), or below 1 a share of the context.
     epsilon, delta: the output's relative error exceeds epsilon with probability at most delta, by the central limit
@@ -55,7 +54,7 @@ class Verified(SparseMethod):
         return build_signs(keys, frozen)
 
     def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
-        # P(|N^ - N| > e |N|) < d and P(|D^ - D| > e D) < d give P(|o^ - o| > 4 e |o|) < 2 d for e < 1/2 (section 4.2).
+        # P(|N^ - N| > e |N|) < d and P(|D^ - D| > e D) < d give P(|o^ - o| > 4 e |o|) < 2 d for e < 1/2.
         quantile = NormalDist().inv_cdf(1 - self.delta / 4)
         return (
             super().parameters(shape, frozen)

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from thresher.cache.arrays import read_arrays, write_arrays
 from thresher.cache.format import (
     BLOCK,
     Identity,
@@ -28,6 +29,7 @@ from thresher.cache.format import (
     header_size,
     offsets,
     raw,
+    write_all,
 )
 from thresher.cache.sequence import KVLayout, KVSequence, Segment
 from thresher.errors import KVFileBusyError, KVFileDamagedError, KVFileError, KVFileMismatchError, StorageError
@@ -35,6 +37,7 @@ from thresher.errors import KVFileBusyError, KVFileDamagedError, KVFileError, KV
 _MAP_NORESERVE = 0x4000  # of Linux; Python's mmap module does not name it
 
 Progress = Callable[[int, int], None]
+Arrays = tuple[dict[str, Any], dict[str, torch.Tensor]]  # what cache/arrays.py keeps: meta and named arrays
 
 
 def inspect(path: Path) -> KVFileInfo:
@@ -50,21 +53,21 @@ def open_kv(
     layout: KVLayout | None = None,
     verify: bool = True,
     progress: Progress = lambda done, total: None,
-) -> tuple[KVSequence, KVFileInfo]:
-    """Map a file as a sequence with one read-only segment; it may be larger than memory.
+) -> tuple[KVSequence, KVFileInfo, Arrays | None]:
+    """Map a file as a sequence with one read-only segment, which may be larger than memory, and its index if it has
+    one.
 
     expect, layout: refuse a file of another model, tokenizer, shape or dtype (KVFileMismatchError). verify: read it all
     once and compare every checksum (KVFileDamagedError). progress: called with tokens checked and tokens in all.
     """
     with _open_to_read(path) as file:
-        info, checksums, where = decode_header(file, path, os.fstat(file.fileno()).st_size)
+        size = os.fstat(file.fileno()).st_size
+        info, checksums, where = decode_header(file, path, size)
         _check_identity(path, info, expect, layout)
         try:
             # Copy on write, as torch wants writable memory and no write may ever reach the file; without a reservation,
             # as the file may be larger than memory.
-            memory = mmap.mmap(
-                file.fileno(), where.end, mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-            )
+            memory = mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE)
         except OSError as error:
             raise KVFileError(f"{path}: cannot be mapped: {error.strerror}") from error
     token_ids = np.frombuffer(memory, dtype="<i4", count=info.length, offset=where.tokens)
@@ -79,7 +82,8 @@ def open_kv(
             progress(rows.stop, info.length)
     if token_ids.min() < 0:
         raise KVFileDamagedError(f"{path} is damaged: negative token ids")
-    return KVSequence(info.layout, Segment(data, mapped=True), token_ids.tolist()), info
+    arrays = read_arrays(memory, where.end, path, verify) if size > where.end else None
+    return KVSequence(info.layout, Segment(data, mapped=True), token_ids.tolist()), info, arrays
 
 
 def save(
@@ -90,12 +94,13 @@ def save(
     weights: str,
     framing: str,
     source: Source | None = None,
+    arrays: Arrays | None = None,
 ) -> None:
     """Write a sequence as a file; the file appears whole or not at all. Raises StorageError, KVFileBusyError."""
     info = KVFileInfo(identity, sequence.layout, sequence.length, weights, framing, source)
     with KVFileWriter(path, info, sequence.token_ids, resume=False) as writer:
         writer.write(sequence, sequence.length)
-        writer.finish()
+        writer.finish(arrays)
 
 
 class KVFileWriter:
@@ -156,19 +161,23 @@ class KVFileWriter:
                 self._checksums.append(block_checksum(self._token_ids[begin:stop], rows))
                 for i, plane in enumerate(rows.flatten(0, 2)):
                     at = self._where.rows + (i * self.info.length + begin) * row_bytes
-                    _write_all(self._file, raw(plane.contiguous()), at)
+                    write_all(self._file, raw(plane.contiguous()), at)
             os.fsync(self._file.fileno())
             self._write_note()
         except OSError as error:
             raise _storage_error(self.path, error) from error
         self.done = end
 
-    def finish(self) -> None:
-        """All rows are written: give the file its name."""
+    def finish(self, arrays: Arrays | None = None) -> None:
+        """All rows are written: put the index behind them and give the file its name."""
         if self.done != self.info.length:
             raise ValueError(f"{self.done} of {self.info.length} tokens are written")
         try:
-            _write_all(self._file, memoryview(encode_header(self.info, self._checksums)), 0)
+            if arrays:
+                write_arrays(self._file, self._where.end, *arrays)
+            else:
+                self._file.truncate(self._where.end)
+            write_all(self._file, memoryview(encode_header(self.info, self._checksums)), 0)
             os.fsync(self._file.fileno())
             os.replace(self._part, self.path)
             self._note.unlink(missing_ok=True)
@@ -217,7 +226,7 @@ class KVFileWriter:
     def _start(self) -> None:
         self._file.truncate(0)
         os.posix_fallocate(self._file.fileno(), 0, self._where.end)
-        _write_all(self._file, memoryview(self._token_ids.tobytes()), self._where.tokens)
+        write_all(self._file, memoryview(self._token_ids.tobytes()), self._where.tokens)
         self._write_note()
 
     def _described(self) -> dict[str, Any]:
@@ -234,7 +243,7 @@ class KVFileWriter:
         try:
             note = json.loads(self._note.read_text())
             checksums = note.pop("checksums")
-            if note != self._described() or os.fstat(self._file.fileno()).st_size != self._where.end:
+            if note != self._described() or os.fstat(self._file.fileno()).st_size < self._where.end:
                 return []
             if not checksums or len(checksums) > self.info.blocks:
                 return []
@@ -256,12 +265,6 @@ def _rows_at(memory: mmap.mmap, layout: KVLayout, length: int, offset: int) -> t
     count = length * layout.bytes_per_token // layout.dtype.itemsize
     flat = torch.frombuffer(memory, dtype=layout.dtype, count=count, offset=offset)
     return flat.view(layout.layers, 2, layout.kv_heads, length, layout.head_dim)
-
-
-def _write_all(file: BinaryIO, data: memoryview, at: int) -> None:
-    while data:
-        written = os.pwrite(file.fileno(), data, at)
-        data, at = data[written:], at + written
 
 
 def _open_to_read(path: Path) -> BinaryIO:

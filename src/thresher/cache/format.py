@@ -3,12 +3,14 @@
     magic (8) | version u32 | header bytes u32 | header JSON | xxh3_64 of all before u64 | zeros to 4096
     token ids int32 [length] | zeros to 4096
     keys and values [layers, 2, kv_heads, length, head_dim]
+    optionally an index (cache/arrays.py)
 
 The header says whose cache it is and holds one xxh3_64 for every block of 512 tokens, over their ids and all their
 rows. All integers are little endian.
 """
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -23,7 +25,7 @@ from thresher.cache.sequence import KVLayout
 from thresher.errors import KVFileDamagedError, KVFileVersionError, NotAKVFileError
 
 MAGIC = b"THRESHKV"
-VERSION = 1
+VERSION = 2
 BLOCK = 512  # tokens under one checksum
 PAGE = 4096
 _MAX_HEADER = 1 << 26
@@ -69,7 +71,7 @@ def pages(n: int) -> int:
 
 @dataclass(frozen=True)
 class Offsets:
-    """Where the parts of a file begin, and its size, in bytes."""
+    """Where the parts of a file begin, and where its rows end, in bytes."""
 
     tokens: int
     rows: int
@@ -135,7 +137,7 @@ def decode_header(file: BinaryIO, path: Path, file_bytes: int) -> tuple[KVFileIn
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise KVFileDamagedError(f"{path} is damaged: its header makes no sense ({error})") from error
     where = offsets(info, size)
-    if file_bytes != where.end:
+    if file_bytes < where.end:
         raise KVFileDamagedError(f"{path} is damaged: it has {file_bytes} bytes, its header says {where.end}")
     return info, checksums, where
 
@@ -174,6 +176,12 @@ def raw(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, without a copy."""
     array: Any = tensor.flatten().view(torch.uint8).numpy()
     return memoryview(array)
+
+
+def write_all(file: BinaryIO, data: memoryview, at: int) -> None:
+    while data:
+        written = os.pwrite(file.fileno(), data, at)
+        data, at = data[written:], at + written
 
 
 def block_checksum(token_ids: np.ndarray, rows: torch.Tensor) -> int:

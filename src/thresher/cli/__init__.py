@@ -6,7 +6,9 @@ from thresher.cli.ask import ask
 from thresher.cli.bench import bench
 from thresher.cli.doctor import doctor
 from thresher.cli.eval import evaluate
+from thresher.cli.fidelity import fidelity
 from thresher.cli.generate import generate
+from thresher.cli.methods import methods
 from thresher.cli.read import read
 
 app = typer.Typer(
@@ -20,7 +22,9 @@ app = typer.Typer(
 app.command()(read)
 app.command()(ask)
 app.command()(generate)
+app.command()(methods)
 app.command()(doctor)
+evaluate.command()(fidelity)
 app.add_typer(bench, name="bench")
 app.add_typer(evaluate, name="eval")
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from thresher.cli import options as o
-from thresher.cli.terminal import clear_errors, progress_bar, show_answers, stderr, write_json
+from thresher.cli.terminal import clear_errors, progress_bar, say_readings, show_answers, stderr, write_json
 
 
 def ask(
@@ -30,7 +30,8 @@ def ask(
     weights: Annotated[
         str | None, typer.Option(help="Number format of the weights. Default: that the file was made with.")
     ] = None,
-    attention: o.Attention = "dense",
+    attention: o.Attention = "auto",
+    certify: o.Certify = None,
     kv_budget: o.KVBudget = None,
     threads: o.Threads = None,
     allow_extrapolation: o.Extrapolate = False,
@@ -62,7 +63,13 @@ def ask(
             ignore_eos=ignore_eos,
         )
         chosen = o.ModelOptions(
-            model, weights or made.weights, attention, kv_budget, threads, allow_extrapolation, trust_remote_code
+            model,
+            weights or made.weights,
+            o.certified(attention, certify),
+            kv_budget,
+            threads,
+            allow_extrapolation,
+            trust_remote_code,
         )
         llm = chosen.load()
         begin = time.perf_counter()
@@ -76,6 +83,7 @@ def ask(
             f"later, then {times['decode_tokens_per_second']:.1f} tokens/s",
             style="dim",
         )
+        say_readings(times)
         listed = [{"question": q, "answers": a} for q, a in zip(questions, answers, strict=True)]
         write_json(
             json,

@@ -82,14 +82,14 @@ def ruler(
         methods = parse_methods(attention or [])
         counts = o.numbers("lengths", lengths)
         chosen = choose_tasks([t.strip() for t in tasks.split(",") if t.strip()])
-        sources = Sources(*_text(haystack), questions=read_questions(qa or []))
+        sources = Sources(*named_text(haystack), questions=read_questions(qa or []))
         options = o.ModelOptions(model, weights, "dense", kv_budget, threads, allow_extrapolation, trust_remote_code)
         llm = options.load()
         framing = "plain" if plain else default_framing(llm.model.tokenizer)
         settings = run_settings(llm, sources, framing)
         outcomes = []
-        with Journal(_journal_path(journal, json), settings) as kept, progress_bar("eval ruler") as bar:
-            _say_resumed(kept)
+        with Journal(journal_path(journal, json), settings) as kept, progress_bar("eval ruler") as bar:
+            say_resumed(kept)
             for outcome in run_tasks(
                 llm,
                 chosen,
@@ -121,7 +121,7 @@ def ruler(
                 "outcomes": [asdict(outcome) for outcome in outcomes],
             },
         )
-        _drop_journal(journal, json)
+        drop_journal(journal, json)
 
 
 @evaluate.command()
@@ -158,15 +158,15 @@ def perplexity(
         from thresher.evaluation.perplexity import run_settings, score_windows, summarize, text_windows
 
         methods = parse_methods(attention or [])
-        name, content = _text(text)
+        name, content = named_text(text)
         options = o.ModelOptions(model, weights, "dense", kv_budget, threads, allow_extrapolation, trust_remote_code)
         llm = options.load()
         ids = llm.model.tokenizer.encode(content, add_special_tokens=False, verbose=False)
         parts = text_windows(ids, context, tokens, windows)
         digest = hashlib.sha256(content.encode()).hexdigest()
         settings = run_settings(llm, digest, context, tokens, windows)
-        with Journal(_journal_path(journal, json), settings) as kept, progress_bar("eval perplexity") as bar:
-            _say_resumed(kept)
+        with Journal(journal_path(journal, json), settings) as kept, progress_bar("eval perplexity") as bar:
+            say_resumed(kept)
             scores = list(score_windows(llm, parts, context, methods, journal=kept, progress=bar))
         rows = summarize(scores)
         if str(json) != "-":
@@ -181,10 +181,10 @@ def perplexity(
                 "windows": [asdict(score) for score in scores],
             },
         )
-        _drop_journal(journal, json)
+        drop_journal(journal, json)
 
 
-def _text(path: Path | None) -> tuple[str, str]:
+def named_text(path: Path | None) -> tuple[str, str]:
     """Name and content of a file, or of the text that is there by default."""
     if path is None:
         from thresher.evaluation.texts import paradise_lost
@@ -193,25 +193,25 @@ def _text(path: Path | None) -> tuple[str, str]:
     return path.name, read_text(path, MOST_BYTES)
 
 
-def _say_resumed(journal: "Journal") -> None:
+def say_resumed(journal: "Journal") -> None:
     if journal.count:
         say(f"{journal.path} holds {journal.count} results; those that fit are not computed again")
 
 
-def _drop_journal(journal: Path | None, json: Path | None) -> None:
+def drop_journal(journal: Path | None, json: Path | None) -> None:
     """A journal nobody asked for has done its work: left behind, it would answer for a changed program."""
-    path = _journal_path(journal, json)
+    path = journal_path(journal, json)
     if journal is None and path is not None:
         path.unlink(missing_ok=True)
 
 
-def _journal_path(journal: Path | None, json: Path | None) -> Path | None:
+def journal_path(journal: Path | None, json: Path | None) -> Path | None:
     if journal is not None or json is None or str(json) == "-":
         return journal
     return json.with_name(f"{json.name}.journal")
 
 
-def _interval(value: "Interval | None", digits: int, several: bool = True) -> str:
+def show_interval(value: "Interval | None", digits: int, several: bool = True) -> str:
     if value is None:
         return ""
     bounds = f" [{value.low:.{digits}f}, {value.high:.{digits}f}]" if several else ""
@@ -234,8 +234,8 @@ def _ruler_table(rows: "list[Summary]") -> None:
                 table.add_row(
                     row.task,
                     str(row.samples),
-                    _interval(row.score, 1, row.samples > 1),
-                    _interval(row.difference, 1, row.samples > 1),
+                    show_interval(row.score, 1, row.samples > 1),
+                    show_interval(row.difference, 1, row.samples > 1),
                     "" if row.ms is None else f"{row.ms:.1f}",
                     f"{100 * row.kv_read:.0f}",
                 )
@@ -256,8 +256,8 @@ def _perplexity_table(rows: "list[Perplexity]") -> None:
         table.add_row(
             row.method,
             str(row.tokens),
-            _interval(row.perplexity, 2),
-            _interval(row.ratio, 3),
+            show_interval(row.perplexity, 2),
+            show_interval(row.ratio, 3),
             f"{row.ms:.1f}",
             f"{100 * row.kv_read:.0f}",
         )

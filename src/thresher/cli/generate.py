@@ -5,7 +5,7 @@ import typer
 
 from thresher.cli import options as o
 from thresher.cli.read import MOST_BYTES
-from thresher.cli.terminal import clear_errors, read_text, show_answers, stderr, write_json
+from thresher.cli.terminal import clear_errors, read_text, say_readings, show_answers, stderr, write_json
 
 
 def generate(
@@ -29,6 +29,7 @@ def generate(
     model: o.Model = "smollm2-135m-instruct",
     weights: o.Weights = "bf16",
     attention: o.Attention = "dense",
+    certify: o.Certify = None,
     kv_budget: o.KVBudget = None,
     threads: o.Threads = None,
     allow_extrapolation: o.Extrapolate = False,
@@ -62,7 +63,8 @@ def generate(
             ignore_eos=ignore_eos,
         )
         text = prompt if prompt is not None else read_text(Path(file or "-"), MOST_BYTES)
-        chosen = o.ModelOptions(model, weights, attention, kv_budget, threads, allow_extrapolation, trust_remote_code)
+        method = o.certified(attention, certify)
+        chosen = o.ModelOptions(model, weights, method, kv_budget, threads, allow_extrapolation, trust_remote_code)
         llm = chosen.load()
         framing = "plain" if raw else default_framing(llm.model.tokenizer)
         events = llm.stream([text], params, framing)
@@ -72,4 +74,5 @@ def generate(
             f"{times['decode_tokens_per_second']:.1f} tokens/s",
             style="dim",
         )
+        say_readings(times)
         write_json(json, {"model": llm.model.name, "prompt": text, "answers": answers[0]} | times)

@@ -1,6 +1,6 @@
 """Options that several commands share, with the words that explain them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +15,15 @@ Weights = Annotated[
 ]
 Attention = Annotated[
     str,
-    typer.Option(help="What a generated token reads of the cache: dense, or e.g. streaming:sinks=4,window=1024."),
+    typer.Option(
+        help="What a generated token reads of the cache: dense, auto, or any of `thresher methods`, as lsh:K=9,L=120."
+    ),
+]
+Certify = Annotated[
+    float | None,
+    typer.Option(
+        help="With lsh: answer densely where the estimated error of attention is above this, e.g. 0.2; says how often."
+    ),
 ]
 KVBudget = Annotated[
     int | None, typer.Option(help="Memory for keys and values, in MiB. Default: half of what is free.", min=1)
@@ -91,3 +99,19 @@ def numbers(name: str, text: str) -> list[int]:
     if not found or min(found) < 1:
         raise UsageError(f"--{name} {text}: give whole numbers above 0, separated by commas")
     return list(dict.fromkeys(found))
+
+
+def certified(attention: str, bound: float | None) -> str:
+    """The method with an error bound. Raises UsageError if it estimates no error."""
+    if bound is None:
+        return attention
+    from thresher.attention.lsh import LSH
+    from thresher.attention.registry import parse_method
+    from thresher.errors import UsageError
+
+    method = parse_method(attention)
+    if not isinstance(method, LSH):
+        raise UsageError(f"--certify: {method.name} estimates no error; use it with --attention lsh")
+    if bound <= 0:
+        raise UsageError(f"--certify {bound}: give an error above 0")
+    return str(replace(method, certify=bound))

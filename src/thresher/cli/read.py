@@ -17,6 +17,9 @@ def read(
     restart: Annotated[bool, typer.Option("--restart", help="Do not go on from an interrupted read.")] = False,
     model: o.Model = "smollm2-135m-instruct",
     weights: o.Weights = "bf16",
+    attention: Annotated[
+        str, typer.Option(help="Keep this method's index in the file, so that `ask` starts at once; dense: none.")
+    ] = "auto",
     kv_budget: o.KVBudget = None,
     threads: o.Threads = None,
     allow_extrapolation: o.Extrapolate = False,
@@ -31,7 +34,7 @@ def read(
     Interrupt it when you like: the same command goes on where it was.
     """
     with clear_errors(debug):
-        chosen = o.ModelOptions(model, weights, "dense", kv_budget, threads, allow_extrapolation, trust_remote_code)
+        chosen = o.ModelOptions(model, weights, attention, kv_budget, threads, allow_extrapolation, trust_remote_code)
         text = read_text(document, MOST_BYTES)
         llm = chosen.load()
         begin = time.perf_counter()

@@ -110,8 +110,11 @@ def show_answers(
     answers: list[list[dict[str, Any]]] = [
         [{"text": "", "token_ids": [], "logprobs": [], "finish_reason": None} for _ in range(samples)] for _ in labels
     ]
+    read: list[Any] = []
     for event in events:
         answer = answers[event.request][event.sample]
+        if event.readings:
+            read.append(event.readings)
         if event.choice:
             first = first or time.perf_counter()
             tokens += 1
@@ -135,4 +138,19 @@ def show_answers(
     first = first or end
     decoding = tokens - len(labels) * samples
     rate = decoding / (end - first) if decoding > 0 and end > first else 0.0
-    return answers, {"first_token_seconds": first - begin, "seconds": end - begin, "decode_tokens_per_second": rate}
+    times = {"first_token_seconds": first - begin, "seconds": end - begin, "decode_tokens_per_second": rate}
+    if read:
+        readings = sum(r.readings for r in read)
+        times["rows_read"] = sum(r.rows for r in read) / max(readings, 1)
+        times["outputs_checked"] = sum(r.checked for r in read)
+        times["outputs_escalated"] = sum(r.escalated for r in read)
+    return answers, times
+
+
+def say_readings(times: dict[str, float]) -> None:
+    """What sparse attention has read, and how often an estimated error made it read all."""
+    if "rows_read" in times:
+        say(f"attention read {times['rows_read']:.0f} rows for each KV head of its sparse layers")
+    if times.get("outputs_checked"):
+        share = 100 * times["outputs_escalated"] / times["outputs_checked"]
+        say(f"{share:.2f} % of {times['outputs_checked']:.0f} attention outputs were uncertain and answered densely")

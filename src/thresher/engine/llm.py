@@ -4,11 +4,15 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
+import torch
 
 from thresher.attention.base import AttentionMethod
+from thresher.attention.index import Index
 from thresher.attention.registry import parse_method
+from thresher.attention.sparse import Shape, SparseMethod
 from thresher.cache.file import KVFileWriter, open_kv, save
 from thresher.cache.format import Identity, KVFileInfo, Source
 from thresher.cache.sequence import KVSequence
@@ -17,7 +21,7 @@ from thresher.engine.runner import Runner, Work
 from thresher.engine.sampler import Choice
 from thresher.engine.sampling import SamplingParams
 from thresher.engine.scheduler import Event, Request, Scheduler
-from thresher.errors import CapacityError, UsageError
+from thresher.errors import CapacityError, KVFileDamagedError, UsageError
 from thresher.models.load import load
 from thresher.models.resolve import DEFAULT_MODEL, resolve
 
@@ -86,6 +90,7 @@ class LLM:
         if kv_budget is not None and kv_budget < 1:
             raise UsageError(f"kv_budget={kv_budget}: must be a number of bytes above 0")
         self.attention = parse_method(attention) if isinstance(attention, str) else attention
+        self._progress = progress
         self.source = resolve(model, progress)
         self.model = load(self.source, weights, trust_remote_code)
         self.runner = Runner(self.model)
@@ -131,8 +136,9 @@ class LLM:
         resume: bool = True,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Context:
-        """Prefill a document once. With `path` it is also kept as a KV file, in checkpoints: a read that was cut goes
-        on where it was. framing: "chat" (default if the model has a template) or "plain". progress: tokens done, all.
+        """Prefill a document once, and build the index of the attention method if it has one. With `path` both are kept
+        as a KV file, in checkpoints: a read that was cut goes on where it was. framing: "chat" (default if the
+        model has a template) or "plain". progress: tokens done, all.
 
         Raises UsageError, CapacityError, StorageError or KVFileBusyError.
         """
@@ -143,6 +149,7 @@ class LLM:
         if path is None:
             sequence = KVSequence(self.runner.layout)
             self._prefill(sequence, token_ids, progress)
+            self.runner.prepare(sequence, self.attention)
             return Context(sequence, framing, source)
         info = KVFileInfo(self.identity, self.runner.layout, len(token_ids), self.model.weights, framing, source)
         with KVFileWriter(Path(path), info, token_ids, resume) as writer:
@@ -150,7 +157,8 @@ class LLM:
             progress(sequence.length, len(token_ids))
             self._prefill(sequence, token_ids, progress, writer)
             writer.write(sequence, len(token_ids))
-            writer.finish()
+            index = self.runner.prepare(sequence, self.attention)
+            writer.finish(index.state() if index else None)
         return Context(sequence, framing, source)
 
     def open(
@@ -160,14 +168,42 @@ class LLM:
         verify: bool = True,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Context:
-        """A document from its KV file, memory-mapped. Raises a KVFileError that says what is wrong with it."""
-        sequence, info = open_kv(
+        """A document from its KV file, memory-mapped. Raises a KVFileError that says what is wrong with it.
+
+        If the file has no index, or one of another method, the first answer builds it in memory; `say` tells.
+        """
+        sequence, info, arrays = open_kv(
             Path(path), expect=self.identity, layout=self.runner.layout, verify=verify, progress=progress
         )
+        if arrays:
+            sequence.index = self._index_of_file(Path(path), sequence, *arrays)
+        say = self._progress
+        method = self.attention
+        if isinstance(method, SparseMethod) and not method.visibility():
+            least = method.least_context(self.runner.shape)
+            if sequence.length <= least:
+                say(f"attention is dense up to {least} tokens: there {method} would read as much")
+            elif method.indexed and not (isinstance(sequence.index, Index) and sequence.index.serves(method)):
+                held = f"an index for {sequence.index.method}" if isinstance(sequence.index, Index) else "no index"
+                say(f"{path} has {held}: building one for {method} (thresher read --attention keeps it)")
         return Context(sequence, info.framing, info.source)
 
+    def _index_of_file(
+        self, path: Path, sequence: KVSequence, meta: dict[str, Any], arrays: dict[str, torch.Tensor]
+    ) -> Index:
+        try:
+            method = parse_method(meta["method"])
+            if not isinstance(method, SparseMethod):
+                raise ValueError(f"{method.name} has no index")
+            shape = Shape(self.model.heads, self.model.dtype)
+            return Index.restore(method, shape, self.model.layers, sequence.length, meta, arrays)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, UsageError) as error:
+            raise KVFileDamagedError(f"{path} is damaged: its index makes no sense ({error})") from error
+
     def save(self, context: Context, path: str | Path) -> None:
-        """Keep a context as a KV file. Raises StorageError or KVFileBusyError."""
+        """Keep a context, and the attention method's index of it, as a KV file. Raises StorageError or
+        KVFileBusyError."""
+        index = self.runner.prepare(context.sequence, self.attention)
         save(
             Path(path),
             context.sequence,
@@ -175,6 +211,7 @@ class LLM:
             weights=self.model.weights,
             framing=context.framing,
             source=context.source,
+            arrays=index.state() if index else None,
         )
 
     def ask(
@@ -189,6 +226,7 @@ class LLM:
         """The same, token by token."""
         listed = [questions] if isinstance(questions, str) else list(questions)
         tokens = [question_tokens(self.model.tokenizer, q, context.framing) for q in listed]
+        self.runner.prepare(context.sequence, self.attention)  # so that the questions share the index
         return self._run([(t, context.sequence) for t in tokens], params)
 
     def scheduler(self) -> Scheduler:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from thresher.attention.base import AttentionMethod
+from thresher.attention.index import Index, Readings
 from thresher.cache.sequence import KVSequence
 from thresher.engine.runner import Runner, Work
 from thresher.engine.sampler import Choice, next_token, random_stream
@@ -41,7 +42,8 @@ class Request:
 class Event:
     """One more token of one sample, or its end. `text` is what became certain, possibly nothing yet.
 
-    finish_reason: None while it goes on, "stop" (end token or stop string) or "length".
+    finish_reason: None while it goes on, "stop" (end token or stop string) or "length". readings: at the end, what
+    sparse attention has read for the sample.
     """
 
     request: int
@@ -49,6 +51,7 @@ class Event:
     choice: Choice | None
     text: str
     finish_reason: str | None
+    readings: Readings | None = None
 
 
 @dataclass(eq=False)
@@ -204,10 +207,13 @@ class Scheduler:
         reason = "stop" if ended or sample.stream.stopped else None
         if reason is None and len(sample.generated) == sample.limit:
             reason = "length"
+        readings = None
         if reason:
             text += sample.stream.finish()
             self._finish(sample)
-        return Event(sample.request.index, sample.index, choice, text, reason)
+            index = sample.sequence.index
+            readings = index.readings() if isinstance(index, Index) else None
+        return Event(sample.request.index, sample.index, choice, text, reason, readings)
 
     def _finish(self, sample: _Sample) -> None:
         self._samples.remove(sample)

@@ -1,3 +1,5 @@
+from typing import Any
+
 panel: int
 split: int
 
@@ -28,8 +30,11 @@ class Plan:
         window: int,
         sinks: int,
         runs: list[tuple[int, int, int, int]],
-        /,
+        index: Index | None,
+        end: int,
+        budget: int,
     ) -> None: ...
+    def capture(self, queries: int, outputs: int, dense: int, /) -> None: ...
     def rows_read(self, layer_window: int, /) -> int: ...
     def attend(
         self,
@@ -48,6 +53,14 @@ class Plan:
         window: int,
         /,
     ) -> None: ...
+
+class Index:
+    def __init__(self, method: dict[str, Any], slots: list[int], mean: int, begin: int, /) -> None: ...
+    def set_method(self, method: dict[str, Any], /) -> None: ...
+    def set_mean(self, mean: int, /) -> None: ...
+    def set_blocks(self, blocks: list[tuple[int, int, dict[str, int]]], /) -> None: ...
+    def counters(self) -> tuple[int, int, int, int, int, int]: ...
+    def clear_counters(self) -> None: ...
 
 _Packed = tuple[int, int, int, int, int]
 
@@ -125,3 +138,35 @@ def rope(
     /,
 ) -> None: ...
 def read_memory(kernels: KernelSet, data: int, count: int, threads: int, /) -> float: ...
+def project(
+    kernels: KernelSet,
+    type: int,
+    keys: int,
+    planes: int,
+    rows: int,
+    plane_stride: int,
+    head_dim: int,
+    mean: int,
+    directions: int,
+    count: int,
+    bits: int,
+    norms: int,
+    absolute: int,
+    threads: int,
+    /,
+) -> None: ...
+def codes(
+    kernels: KernelSet, bits: int, planes: int, rows: int, key_bits: int, tables: int, codes: int, threads: int, /
+) -> None: ...
+def tables(
+    kernels: KernelSet,
+    codes: int,
+    planes: int,
+    rows: int,
+    key_bits: int,
+    tables: int,
+    heads: int,
+    ids: int,
+    threads: int,
+    /,
+) -> None: ...

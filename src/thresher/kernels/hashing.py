@@ -83,7 +83,7 @@ def lsh_codes(bits: torch.Tensor, key_bits: int, tables: int) -> torch.Tensor:
 
 def reference_codes(signs: torch.Tensor, key_bits: int, tables: int) -> torch.Tensor:
     """bool `[planes, n, key_bits * tables]` -> int64 codes `[planes, tables, n]`."""
-    fields = signs.unflatten(-1, (tables, key_bits)).long() << torch.arange(key_bits)
+    fields: torch.Tensor = signs.view(*signs.shape[:2], tables, key_bits).long() << torch.arange(key_bits)
     return fields.sum(-1).transpose(1, 2)
 
 

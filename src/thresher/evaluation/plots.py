@@ -1,0 +1,85 @@
+"""Static plots: quality against bytes read, time against context."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from thresher.errors import StorageError, UsageError
+
+if TYPE_CHECKING:
+    from thresher.evaluation.bench import Timing
+    from thresher.evaluation.fidelity import Fidelity
+
+# Told apart without colour, too.
+_MARKERS = "osD^vP*X<>hp"
+
+
+def plot_fidelity(rows: "Sequence[Fidelity]", path: Path) -> None:
+    """KL to dense against the share of the KV cache's bytes that a step reads, one line a method's name, a panel a
+    text."""
+    pyplot = _pyplot()
+    panels = list(dict.fromkeys((row.text, row.context) for row in rows))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(6.5 * len(panels), 5), squeeze=False, sharey=True)
+    names = list(dict.fromkeys(row.method.partition(":")[0] for row in rows if row.method != "dense"))
+    for axis, (text, context) in zip(axes[0], panels, strict=True):
+        for i, name in enumerate(names):
+            points = sorted(
+                (100 * r.kv_read, max(r.kl.mean, 1e-6))
+                for r in rows
+                if (r.text, r.context) == (text, context) and r.method.partition(":")[0] == name
+            )
+            if points:
+                x, y = zip(*points, strict=True)
+                axis.plot(x, y, marker=_MARKERS[i % len(_MARKERS)], label=name, color=f"C{i % 10}", lw=1.2)
+        axis.set(xscale="log", yscale="log", title=f"{text}, {context:,} tokens")
+        axis.set_xlabel("bytes read, % of the dense KV cache")
+        axis.grid(alpha=0.3, which="both")
+    axes[0][0].set_ylabel("KL to dense, nats a token")
+    axes[0][-1].legend(fontsize=8)
+    _save(pyplot, figure, path)
+
+
+def plot_timings(rows: "Sequence[Timing]", path: Path) -> None:
+    """Time of a token against context, one line an engine, and each one's floor dashed; a panel a batch size."""
+    pyplot = _pyplot()
+    batches = sorted({row.batch for row in rows})
+    figure, axes = pyplot.subplots(1, len(batches), figsize=(6.5 * len(batches), 5), squeeze=False)
+    engines = list(dict.fromkeys(row.engine for row in rows))
+    for axis, batch in zip(axes[0], batches, strict=True):
+        for i, engine in enumerate(engines):
+            own = sorted((r for r in rows if r.engine == engine and r.batch == batch), key=lambda r: r.context)
+            if not own:
+                continue
+            contexts = [r.context for r in own]
+            color, marker = f"C{i % 10}", _MARKERS[i % len(_MARKERS)]
+            axis.plot(contexts, [r.median_ms for r in own], marker=marker, label=engine, color=color)
+            axis.plot(contexts, [r.floor_ms for r in own], ls="--", lw=0.8, color=color)
+        axis.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="ms a pass", title=f"batch {batch}")
+        axis.set_xticks(sorted({r.context for r in rows}), [f"{c:,}" for c in sorted({r.context for r in rows})])
+        axis.grid(alpha=0.3, which="both")
+    axes[0][-1].legend(fontsize=8, title="dashed: floor")
+    _save(pyplot, figure, path)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UsageError("--plot: matplotlib is not installed; pip install 'thresher[plot]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(pyplot: Any, figure: Any, path: Path) -> None:
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix or '.png'}")
+    try:
+        figure.savefig(temporary, dpi=150, bbox_inches="tight")
+        os.replace(temporary, path)
+    except (OSError, ValueError) as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"{path}: cannot be written: {error}") from error
+    finally:
+        pyplot.close(figure)
