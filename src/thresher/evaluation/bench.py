@@ -61,8 +61,9 @@ class Thresher:
             other.append(first.token_ids, first.rows(0, first.length))
             self.sequences.append(other)
 
-    def adopt(self, sequence: KVSequence) -> None:
+    def adopt(self, sequence: KVSequence, batch: int = 1) -> None:
         self.sequences = [sequence]
+        self.copies(batch)
 
     def decode(self, token_id: int) -> None:
         self._llm.runner.run([Work(s, [token_id], True, self._llm.attention) for s in self.sequences])
