@@ -35,7 +35,7 @@ def decode(
         from thresher.evaluation.bench import bench_decode
 
         lengths, batches = o.numbers("contexts", contexts), o.numbers("batch", batch)
-        llm, others = _prepare(model, weights, attention, threads, peers, max(lengths) + 16 * rounds + 512)
+        llm, others = _prepare(model, weights, attention, threads, peers)
         _report(bench_decode(llm, lengths, batches, others, rounds, say), json, "tokens")
 
 
@@ -58,12 +58,12 @@ def prefill(
         from thresher.evaluation.bench import bench_prefill
 
         counts = o.numbers("lengths", lengths)
-        llm, others = _prepare(model, weights, "dense", threads, peers, max(counts) + 512)
+        llm, others = _prepare(model, weights, "dense", threads, peers)
         _report(bench_prefill(llm, counts, others, rounds, say), json, "tokens")
 
 
 def _prepare(
-    model: str, weights: str, attention: str, threads: int | None, peers: str, positions: int
+    model: str, weights: str, attention: str, threads: int | None, peers: str
 ) -> tuple[Any, dict[str, Callable[[], Any]]]:
     from thresher.evaluation.peers import make_peers
 
@@ -71,7 +71,7 @@ def _prepare(
     import torch
 
     names = [p for p in peers.split(",") if p]
-    return llm, make_peers(names, llm.source, weights, positions, torch.get_num_threads())
+    return llm, make_peers(names, llm.source, weights, torch.get_num_threads())
 
 
 def _report(results: Iterator[tuple[Any, Any]], json: Path | None, length: str) -> None:

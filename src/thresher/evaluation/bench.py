@@ -61,8 +61,9 @@ class Thresher:
             other.append(first.token_ids, first.rows(0, first.length))
             self.sequences.append(other)
 
-    def adopt(self, sequence: KVSequence) -> None:
+    def adopt(self, sequence: KVSequence, batch: int = 1) -> None:
         self.sequences = [sequence]
+        self.copies(batch)
 
     def decode(self, token_id: int) -> None:
         self._llm.runner.run([Work(s, [token_id], True, self._llm.attention) for s in self.sequences])
@@ -83,7 +84,7 @@ def bench_decode(
     rounds: int,
     progress: Progress,
 ) -> Iterator[tuple[Timing, MachineProfile]]:
-    """Time one decode step of every engine at every context, a few steps each in turn. Peers run at batch 1.
+    """Time one decode step of every engine at every context, a few steps each in turn.
 
     The machine is measured again for every context: what memory delivers changes from minute to minute.
     """
@@ -97,21 +98,19 @@ def bench_decode(
         for batch in batches:
             progress(f"{context} tokens x {batch}: reading the prompt")
             own.prefill(prompt(llm, context))
-            running: list[Engine] = [own]
-            if batch == 1:
-                for engine in engines:
-                    progress(f"{context} tokens: {engine.name} takes over the prompt")
-                    engine.adopt(own.sequences[0])
-                running += engines
+            for engine in engines:
+                progress(f"{context} tokens x {batch}: {engine.name} takes over the prompt")
+                engine.adopt(own.sequences[0], batch)
             own.copies(batch)
+            running: list[Engine] = [own, *engines]
             progress(f"{context} tokens x {batch}: measuring")
             machine = measure_machine(llm.model.dtype)
             times = interleaved(running, lambda engine: engine.decode(7), rounds, steps=4)
             for engine in running:
                 cost = weights_cost(shape, batch) + llm.attention.cost(shape, context).times(batch)
                 if engine is not own:  # its own weights; every peer here reads all rows
-                    rest = attention_cost(shape, context)
-                    cost = Cost(weights_cost(shape, 1).flops + rest.flops, engine.weight_bytes + rest.bytes)
+                    rest = attention_cost(shape, context).times(batch)
+                    cost = Cost(weights_cost(shape, batch).flops + rest.flops, engine.weight_bytes + rest.bytes)
                 yield timing(engine.name, context, batch, times[engine.name], cost, machine, tokens=batch), machine
             own.sequences = []
             gc.collect()
