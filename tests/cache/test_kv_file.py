@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -335,3 +336,49 @@ def test_killed_while_writing(tmp_path):
         assert torch.equal(writer.load().rows(0, announced), made.rows(0, announced))
         writer.discard()
     assert os.listdir(tmp_path) == []
+
+
+def indexed_file(tmp_path):
+    made = sequence(700, torch.float32)
+    arrays = {
+        "0/ids": torch.arange(7, dtype=torch.int32).to(torch.uint16),
+        "frozen/mean": torch.randn(3, 5),
+        "0/empty": torch.empty(0, 4, dtype=torch.int64),
+    }
+    meta = {"method": "lsh", "blocks": [[4, 68]]}
+    kv.save(tmp_path / "i.kv", made, identity=IDENTITY, weights="float32", framing="plain", arrays=(meta, arrays))
+    return meta, arrays
+
+
+def test_an_index_comes_back(tmp_path):
+    meta, arrays = indexed_file(tmp_path)
+    _, _, (found, opened) = kv.open_kv(tmp_path / "i.kv")
+    assert found == meta
+    assert opened.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert opened[name].dtype == array.dtype
+        assert torch.equal(opened[name].view(torch.uint8), array.view(torch.uint8))
+
+
+def test_damage_anywhere_in_an_index_is_found(tmp_path):
+    """Every byte that means something is under a checksum; the zeros between arrays mean nothing."""
+    _, arrays = indexed_file(tmp_path)
+    whole = (tmp_path / "i.kv").read_bytes()
+    begin = whole.index(b"THRESHIX")
+    rng = np.random.default_rng(0)
+    harmless = 0
+    for at in rng.integers(begin, len(whole), 200):
+        damaged = bytearray(whole)
+        damaged[at] ^= int(rng.integers(1, 256))
+        (tmp_path / "d.kv").write_bytes(damaged)
+        try:
+            _, _, (_, opened) = kv.open_kv(tmp_path / "d.kv")
+        except KVFileDamagedError:
+            continue
+        harmless += 1
+        assert all(torch.equal(opened[name], array) for name, array in arrays.items())
+    assert harmless < 200
+    for cut in (begin + 4, begin + 30, len(whole) - 1):
+        (tmp_path / "c.kv").write_bytes(whole[:cut])
+        with pytest.raises(KVFileDamagedError):
+            kv.open_kv(tmp_path / "c.kv")

@@ -17,6 +17,7 @@ from thresher.engine import scheduler as scheduler_module
 from thresher.engine.runner import Work
 from thresher.engine.scheduler import Request, Scheduler
 from thresher.errors import CapacityError, KVFileBusyError, KVFileMismatchError, UsageError
+from thresher.machine.cost import ModelShape, attention_cost
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 8
 
@@ -292,7 +293,13 @@ def test_documents_that_do_not_fit(tiny, tiny_folder):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_dense_when_its_budget_covers_the_context(tiny_folder, tiny, name):
     """The shared matrix: a method that may read everything gives the dense answer."""
-    full = {"dense": "dense", "streaming": "streaming:sinks=0,window=4096"}[name]
+    full = {
+        "dense": "dense",
+        "streaming": "streaming:sinks=0,window=4096",
+        "lsh": "lsh:K=0,L=2,dense_below=0,window=8",
+        "verified": "verified:heavy=4096,dense_below=0,window=8",
+        "sample": "sample:window=4096,dense_below=0",
+    }.get(name, f"{name}:budget=4096,dense_below=0,window=8")
     params = SamplingParams(max_new_tokens=30, temperature=1.0, ignore_eos=True)
     expected = [a[0].token_ids for a in tiny.generate(prompts(), params)]
     llm = LLM(tiny_folder, weights="float32", attention=full)
@@ -312,7 +319,7 @@ def test_unknown_settings(tiny_folder):
     for arguments, words in (
         ({"attention": "streamin"}, "did you mean 'streaming'"),
         ({"attention": "streaming:windw=3"}, "did you mean 'window'"),
-        ({"attention": "streaming:window=x"}, "not a number"),
+        ({"attention": "streaming:window=x"}, "not a whole number"),
         ({"attention": "streaming:window=0"}, "window 1 or more"),
         ({"weights": "int3"}, "bf16, int8, float32"),
         ({"chunk_size": 0}, "chunk_size"),
@@ -328,7 +335,8 @@ def test_methods_say_what_they_are():
         assert method.paper.startswith("https://")
         assert method.__doc__
         assert parse_method(str(method())) == method()
-        assert method().rows_read(10) <= 10
+        shape = ModelShape(4, 9, 3, 64, 0, 0, 2)
+        assert method().cost(shape, 10).bytes <= attention_cost(shape, 10).bytes
 
 
 def test_scheduler_is_idle_after_all(tiny):

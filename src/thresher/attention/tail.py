@@ -62,7 +62,7 @@ def query_stretch(queries: torch.Tensor, power: float) -> torch.Tensor:
     moment = torch.bmm(q.transpose(1, 2), q) / q.shape[1]
     size, basis = torch.linalg.eigh(moment)
     size = torch.maximum(size, 1e-3 * size[:, -1:]).clamp(min=1e-12)
-    return basis * size.pow(power)[:, None] @ basis.transpose(1, 2)
+    return torch.bmm(basis * size.pow(power)[:, None], basis.transpose(1, 2))
 
 
 def reference_tail(

@@ -18,10 +18,9 @@ from typing import Any, BinaryIO
 import torch
 import xxhash
 
-from thresher.cache.format import pages, raw, write_all
+from thresher.cache.format import INDEX_MAGIC, pages, raw, write_all
 from thresher.errors import KVFileDamagedError
 
-MAGIC = b"THRESHIX"
 ALIGN = 64
 _MAX_JSON = 1 << 24
 _DTYPES = {
@@ -42,7 +41,7 @@ def write_arrays(file: BinaryIO, at: int, meta: Mapping[str, Any], arrays: Mappi
         }
         offset += -(-array.numel() * array.itemsize // ALIGN) * ALIGN
     body = json.dumps({"meta": meta, "arrays": entries}).encode()
-    head = MAGIC + struct.pack("<I", len(body)) + body
+    head = INDEX_MAGIC + struct.pack("<I", len(body)) + body
     head += struct.pack("<Q", xxhash.xxh3_64_intdigest(head))
     first = at + pages(len(head))
     file.truncate(first + offset)
@@ -58,7 +57,7 @@ def read_arrays(memory: mmap.mmap, at: int, path: Path, verify: bool) -> tuple[d
     """
     damaged = KVFileDamagedError(f"{path} is damaged: its index makes no sense")
     end = len(memory)
-    if end - at < 20 or memory[at : at + 8] != MAGIC:
+    if end - at < 20 or memory[at : at + 8] != INDEX_MAGIC:
         raise KVFileDamagedError(f"{path} is damaged: what follows its rows is not an index")
     (size,) = struct.unpack("<I", memory[at + 8 : at + 12])
     if size > min(_MAX_JSON, end - at - 20):

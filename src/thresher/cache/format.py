@@ -25,6 +25,7 @@ from thresher.cache.sequence import KVLayout
 from thresher.errors import KVFileDamagedError, KVFileVersionError, NotAKVFileError
 
 MAGIC = b"THRESHKV"
+INDEX_MAGIC = b"THRESHIX"  # of what may follow the rows
 VERSION = 2
 BLOCK = 512  # tokens under one checksum
 PAGE = 4096
@@ -137,7 +138,8 @@ def decode_header(file: BinaryIO, path: Path, file_bytes: int) -> tuple[KVFileIn
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise KVFileDamagedError(f"{path} is damaged: its header makes no sense ({error})") from error
     where = offsets(info, size)
-    if file_bytes < where.end:
+    file.seek(where.end)
+    if file_bytes < where.end or (file_bytes > where.end and file.read(len(INDEX_MAGIC)) != INDEX_MAGIC):
         raise KVFileDamagedError(f"{path} is damaged: it has {file_bytes} bytes, its header says {where.end}")
     return info, checksums, where
 

@@ -6,10 +6,20 @@ from typing import Annotated, Any
 import typer
 
 from thresher.cli import options as o
+from thresher.cli.eval import named_text
 from thresher.cli.terminal import clear_errors, say, write_json
 
 bench = typer.Typer(help="Measure speed against what the machine could do at best, and against other engines.")
 
+SYNTHETIC_ABOVE = 6000  # tokens that are really read
+
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--attention",
+        help="Methods to compare, separated by ; or given several times, e.g. 'dense;auto;lsh:K=10,L=120'.",
+    ),
+]
 Peers = Annotated[str, typer.Option(help="Also run these in turn, at their best: transformers, llama.cpp.")]
 Rounds = Annotated[int, typer.Option(help="Turns each engine gets.", min=1)]
 
@@ -20,23 +30,86 @@ def decode(
     batch: Annotated[str, typer.Option(help="Sequences decoded together, e.g. 1,8.")] = "1",
     peers: Peers = "",
     rounds: Rounds = 10,
+    synthetic_cache: Annotated[
+        bool,
+        typer.Option(
+            "--synthetic-cache",
+            help=f"Read only {SYNTHETIC_ABOVE} tokens and fill longer contexts with rows drawn like those: times at "
+            "32k and 128k without an hour of reading.",
+        ),
+    ] = False,
+    text: Annotated[
+        Path | None, typer.Option(help="What the cache is read from. Default: Paradise Lost, fetched once.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time against context, with floors, into this file.")] = None,
     model: o.Model = "smollm2-135m-instruct",
     weights: o.Weights = "bf16",
-    attention: o.Attention = "dense",
+    attention: Methods = None,
     threads: o.Threads = None,
     json: o.Json = None,
     debug: o.Debug = False,
 ) -> None:
     """Time one token at several context lengths.
 
-    The floor is the time that reading weights and cached keys and values takes at the measured read bandwidth.
+    thresher bench decode --contexts 8192 --attention "dense;auto;lsh:K=10,L=120" --peers llama.cpp
+
+    The floor is the time that reading weights, rows and indexes takes at the measured read bandwidth.
     """
     with clear_errors(debug):
+        from thresher.attention.dense import Dense
+        from thresher.attention.registry import parse_method
         from thresher.evaluation.bench import bench_decode
 
         lengths, batches = o.numbers("contexts", contexts), o.numbers("batch", batch)
-        llm, others = _prepare(model, weights, attention, threads, peers)
-        _report(bench_decode(llm, lengths, batches, others, rounds, say), json, "tokens")
+        parts = [part.strip() for listed in attention or ["dense"] for part in listed.split(";")]
+        methods = [parse_method(part) for part in parts if part]
+        content = named_text(text)[1] if text or any(method != Dense() for method in methods) else None
+        above = SYNTHETIC_ABOVE if synthetic_cache else None
+        llm, others = _prepare(model, weights, threads, peers)
+        rows = _report(
+            bench_decode(llm, lengths, batches, methods, others, rounds, say, content, above), json, "tokens"
+        )
+        if above and max(lengths) > above:
+            say(f"contexts above {above} tokens are synthetic: rows drawn like those of a text, and times only")
+        if plot:
+            from thresher.evaluation.plots import plot_timings
+
+            plot_timings([timing for timing, _ in rows], plot)
+
+
+@bench.command()
+def attention(
+    contexts: Annotated[str, typer.Option(help="Tokens in the cache, e.g. 32768,131072.")] = "32768",
+    heads: Annotated[str, typer.Option(help="Query heads x KV heads x head_dim.")] = "32x8x128",
+    attention: Methods = None,
+    rounds: Rounds = 10,
+    threads: o.Threads = None,
+    json: o.Json = None,
+    debug: o.Debug = False,
+) -> None:
+    """Time attention alone, one layer, over synthetic keys and values in bf16. Dense is always run too.
+
+    thresher bench attention --heads 32x8x128 --contexts 131072 --attention "auto;lsh:K=10,L=110"
+    """
+    with clear_errors(debug):
+        import torch
+
+        from thresher.errors import UsageError
+        from thresher.evaluation.attention_bench import bench_attention
+        from thresher.evaluation.methods import parse_methods
+        from thresher.kernels.attention import Heads
+
+        lengths = o.numbers("contexts", contexts)
+        numbers = o.numbers("heads", heads.replace("x", ","))
+        if len(numbers) != 3 or numbers[0] % numbers[1]:
+            raise UsageError(f"--heads {heads}: give query heads x KV heads x head_dim, e.g. 32x8x128")
+        methods = parse_methods(attention or ["auto"])
+        if threads:
+            torch.set_num_threads(threads)
+        rows = [row for n in lengths for row in bench_attention(Heads(*numbers), n, methods, rounds, say)]
+        if str(json) != "-":
+            _attention_table(rows)
+        write_json(json, [asdict(row) for row in rows])
 
 
 @bench.command()
@@ -58,23 +131,21 @@ def prefill(
         from thresher.evaluation.bench import bench_prefill
 
         counts = o.numbers("lengths", lengths)
-        llm, others = _prepare(model, weights, "dense", threads, peers)
+        llm, others = _prepare(model, weights, threads, peers)
         _report(bench_prefill(llm, counts, others, rounds, say), json, "tokens")
 
 
-def _prepare(
-    model: str, weights: str, attention: str, threads: int | None, peers: str
-) -> tuple[Any, dict[str, Callable[[], Any]]]:
+def _prepare(model: str, weights: str, threads: int | None, peers: str) -> tuple[Any, dict[str, Callable[[], Any]]]:
     from thresher.evaluation.peers import make_peers
 
-    llm = o.ModelOptions(model, weights, attention, None, threads, True, False).load()
+    llm = o.ModelOptions(model, weights, "dense", None, threads, True, False).load()
     import torch
 
     names = [p for p in peers.split(",") if p]
     return llm, make_peers(names, llm.source, weights, torch.get_num_threads())
 
 
-def _report(results: Iterator[tuple[Any, Any]], json: Path | None, length: str) -> None:
+def _report(results: Iterator[tuple[Any, Any]], json: Path | None, length: str) -> list[tuple[Any, Any]]:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -101,3 +172,33 @@ def _report(results: Iterator[tuple[Any, Any]], json: Path | None, length: str) 
         Console().print(table)
         say("ms: median of one pass; MB: read by it; GB/s: measured read bandwidth; floor: ms / what it must take")
     write_json(json, [asdict(timing) | {"machine": asdict(machine)} for timing, machine in rows])
+    return rows
+
+
+def _attention_table(rows: list[Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("method", overflow="fold")
+    for name in ("tokens", "us", "x dense", "rows %", "head %", "error %", "index B", "build us", "floor"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.method,
+            str(row.context),
+            f"{row.median_us:.0f}",
+            f"{row.speedup:.1f}",
+            f"{100 * row.rows:.1f}",
+            f"{100 * row.tokens:.1f}",
+            f"{100 * row.error:.1f}",
+            f"{row.index_bytes:.1f}",
+            f"{row.build_us:.2f}",
+            f"{row.floor_ratio:.2f}",
+        )
+    Console().print(table)
+    say(
+        "us: of one layer; rows: read for a KV head, head: weighed by a query head, of the context; index, build: of a "
+        "token and KV head; floor: us / what its bytes must take. Keys and values are synthetic"
+    )

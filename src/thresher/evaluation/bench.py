@@ -8,15 +8,21 @@ from dataclasses import dataclass
 
 import torch
 
+from thresher.attention.base import AttentionMethod
+from thresher.attention.index import Index
+from thresher.attention.sparse import SparseMethod
 from thresher.cache.sequence import KVSequence
 from thresher.engine.llm import LLM
 from thresher.engine.runner import Work
+from thresher.evaluation.fidelity import reading
 from thresher.evaluation.machine import measure_machine
 from thresher.evaluation.peers import Engine
+from thresher.evaluation.teacher import prefill
 from thresher.machine.cost import Cost, attention_cost, weights_cost
 from thresher.machine.profile import MachineProfile
 
 Progress = Callable[[str], None]
+ROOM = 512  # rows kept free behind a prompt, for the steps that are measured
 
 
 @dataclass(frozen=True)
@@ -36,83 +42,149 @@ class Timing:
 
 
 class Thresher:
-    """Our own engine as one of several."""
+    """Our own engine with one attention method, as one of several."""
 
-    def __init__(self, llm: LLM) -> None:
-        self.name = f"thresher {llm.model.weights} {llm.attention}"
+    def __init__(self, llm: LLM, method: AttentionMethod) -> None:
+        self.name = f"thresher {llm.model.weights} {method}"
         self.weight_bytes = llm.model.weight_bytes
+        self.method = method
         self._llm = llm
-        self.sequences: list[KVSequence] = []
+        self._sequences: list[KVSequence] = []
 
     def prefill(self, token_ids: Sequence[int]) -> None:
         sequence = KVSequence(self._llm.runner.layout)
-        sequence.reserve(len(token_ids) + 256, exact=True)
+        sequence.reserve(len(token_ids) + ROOM, exact=True)
         for begin in range(0, len(token_ids), self._llm.chunk_size):
             chunk = token_ids[begin : begin + self._llm.chunk_size]
             self._llm.runner.run([Work(sequence, chunk, begin + len(chunk) == len(token_ids))])
-        self.sequences = [sequence]
-
-    def copies(self, batch: int) -> None:
-        """Make the sequence `batch` ones with rows of their own."""
-        first = self.sequences[0]
-        for _ in range(batch - 1):
-            other = KVSequence(first.layout)
-            other.reserve(first.length + 256, exact=True)
-            other.append(first.token_ids, first.rows(0, first.length))
-            self.sequences.append(other)
+        self._sequences = [sequence]
 
     def adopt(self, sequence: KVSequence, batch: int = 1) -> None:
-        self.sequences = [sequence]
-        self.copies(batch)
+        self.share(own_copies(sequence, batch))
+
+    def share(self, sequences: Sequence[KVSequence]) -> None:
+        """Hold forks of these sequences, and an index of its own for each. All have the same rows, so it is built
+        once."""
+        self._sequences = [sequence.fork() for sequence in sequences]
+        built: Index | None = None
+        for sequence in self._sequences:
+            sequence.index = None
+            if built is None:
+                built = self._llm.runner.prepare(sequence, self.method)
+            else:
+                meta, arrays = built.state()
+                own = {name: array.clone() for name, array in arrays.items()}
+                sequence.index = Index.restore(
+                    built.method, built.shape, self._llm.model.layers, sequence.length, meta, own
+                )
+            sequence.reserve(ROOM, exact=True)
 
     def decode(self, token_id: int) -> None:
-        self._llm.runner.run([Work(s, [token_id], True, self._llm.attention) for s in self.sequences])
+        self._llm.runner.run([Work(s, [token_id], True, self.method) for s in self._sequences])
+
+    def cost(self, context: int) -> Cost:
+        """A pass over all sequences: by what was counted while it was measured."""
+        batch, shape = len(self._sequences), self._llm.runner.shape
+        rest = self.method.cost(shape, context)
+        index = self._sequences[0].index
+        if isinstance(self.method, SparseMethod) and isinstance(index, Index) and index.readings().readings:
+            rest = Cost(rest.flops, reading(index, self.method, self._llm, context).bytes)
+        return weights_cost(shape, batch) + rest.times(batch)
 
 
-def prompt(llm: LLM, length: int) -> list[int]:
-    """Token ids drawn with a fixed seed: dense engines take the same time for every text."""
+def own_copies(sequence: KVSequence, batch: int) -> list[KVSequence]:
+    """`batch` sequences with the same tokens, each with rows of its own."""
+    copies = [sequence]
+    for _ in range(batch - 1):
+        other = KVSequence(sequence.layout)
+        other.reserve(sequence.length + ROOM, exact=True)
+        other.append(sequence.token_ids, sequence.rows(0, sequence.length))
+        copies.append(other)
+    return copies
+
+
+def prompt(llm: LLM, length: int, text: str | None = None) -> list[int]:
+    """Token ids of a text, over and over; without one drawn with a fixed seed, which is as good for dense attention."""
+    if text is not None:
+        known: list[int] = llm.model.tokenizer.encode(text, verbose=False)
+        return (known * (-(-length // len(known))))[:length]
     generator = torch.Generator().manual_seed(length)
     ids: list[int] = torch.randint(100, llm.model.vocab_size - 100, (length,), generator=generator).tolist()
     return ids
+
+
+def synthetic_cache(sequence: KVSequence, length: int, seed: int = 0) -> KVSequence:
+    """A sequence of `length` tokens whose keys and values are drawn like those of a shorter real one.
+
+    After the real rows every token takes the rows that a real one (drawn at random, not among the first 64) has in all
+    layers, with Gaussian noise of a tenth of each channel's spread: what attention then finds is as spread out and as
+    peaked as in the real text, but tokens are no text, and only times and attention errors mean anything.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    real = sequence.rows(0, sequence.length)
+    out = KVSequence(sequence.layout)
+    out.reserve(length + ROOM, exact=True)
+    out.append(sequence.token_ids, real)
+    spread = real.float().std(dim=3, keepdim=True)
+    while out.length < length:
+        n = min(4096, length - out.length)
+        chosen = torch.randint(min(64, sequence.length - 1), sequence.length, (n,), generator=generator)
+        rows = real[:, :, :, chosen].float()
+        rows += 0.1 * spread * torch.randn(rows.shape, generator=generator)
+        out.append([sequence.token_ids[i] for i in chosen.tolist()], rows.to(real.dtype))
+    return out
 
 
 def bench_decode(
     llm: LLM,
     contexts: Sequence[int],
     batches: Sequence[int],
+    methods: Sequence[AttentionMethod],
     peers: dict[str, Callable[[], Engine]],
     rounds: int,
     progress: Progress,
+    text: str | None = None,
+    synthetic_above: int | None = None,
 ) -> Iterator[tuple[Timing, MachineProfile]]:
-    """Time one decode step of every engine at every context, a few steps each in turn.
+    """Time one decode step of every method and engine at every context and batch, a few steps each in turn.
 
-    The machine is measured again for every context: what memory delivers changes from minute to minute.
+    synthetic_above: longer contexts are filled by `synthetic_cache` from a prompt of this many tokens. The machine is
+    measured again for every context: what memory delivers changes from minute to minute.
     """
-    engines: list[Engine] = []
+    others: list[Engine] = []
     for name, make in peers.items():
         progress(f"loading {name}")
-        engines.append(make())
-    own = Thresher(llm)
+        others.append(make())
     shape = llm.runner.shape
     for context in contexts:
+        progress(f"{context} tokens: reading the prompt")
+        real = min(context, synthetic_above or context)
+        base = prefill(llm, prompt(llm, real, text))
+        if real < context:
+            base = synthetic_cache(base, context)
         for batch in batches:
-            progress(f"{context} tokens x {batch}: reading the prompt")
-            own.prefill(prompt(llm, context))
-            for engine in engines:
-                progress(f"{context} tokens x {batch}: {engine.name} takes over the prompt")
-                engine.adopt(own.sequences[0], batch)
-            own.copies(batch)
-            running: list[Engine] = [own, *engines]
+            own = [Thresher(llm, method) for method in methods]
+            copies = own_copies(base, batch)
+            for engine in own:
+                progress(f"{context} tokens x {batch}: {engine.name} gets ready")
+                engine.share(copies)
+            for peer in others:
+                progress(f"{context} tokens x {batch}: {peer.name} takes over the prompt")
+                peer.adopt(base, batch)
             progress(f"{context} tokens x {batch}: measuring")
             machine = measure_machine(llm.model.dtype)
+            running: list[Engine] = [*own, *others]
             times = interleaved(running, lambda engine: engine.decode(7), rounds, steps=4)
-            for engine in running:
-                cost = weights_cost(shape, batch) + llm.attention.cost(shape, context).times(batch)
-                if engine is not own:  # its own weights; every peer here reads all rows
-                    rest = attention_cost(shape, context).times(batch)
-                    cost = Cost(weights_cost(shape, batch).flops + rest.flops, engine.weight_bytes + rest.bytes)
-                yield timing(engine.name, context, batch, times[engine.name], cost, machine, tokens=batch), machine
-            own.sequences = []
+            for engine in own:
+                yield (
+                    timing(engine.name, context, batch, times[engine.name], engine.cost(context), machine, batch),
+                    machine,
+                )
+            for peer in others:  # its own weights; every peer here reads all rows
+                rest = attention_cost(shape, context).times(batch)
+                cost = Cost(weights_cost(shape, batch).flops + rest.flops, peer.weight_bytes + rest.bytes)
+                yield timing(peer.name, context, batch, times[peer.name], cost, machine, batch), machine
+            del own, copies, running
             gc.collect()
 
 
@@ -120,7 +192,7 @@ def bench_prefill(
     llm: LLM, lengths: Sequence[int], peers: dict[str, Callable[[], Engine]], rounds: int, progress: Progress
 ) -> Iterator[tuple[Timing, MachineProfile]]:
     """Time reading a whole prompt, engines in turn."""
-    engines: list[Engine] = [Thresher(llm)]
+    engines: list[Engine] = [Thresher(llm, llm.attention)]
     for name, make in peers.items():
         progress(f"loading {name}")
         engines.append(make())

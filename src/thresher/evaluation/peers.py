@@ -51,10 +51,10 @@ def make_peers(
         elif name == "llama.cpp":
             if source.gguf is None:
                 raise UsageError("peer llama.cpp: needs a model that comes from a GGUF file")
-            kind = "Q8_0" if weights == "int8" else "F16"
-            for flash in (False, True):
-                label = f"llama.cpp {kind}{' flash' if flash else ''}"
-                made[label] = partial(LlamaCpp, source.gguf, kind, flash, threads)
+            for kind in ("Q8_0",) if weights == "int8" else ("F16", "BF16"):
+                for flash in (False, True):
+                    label = f"llama.cpp {kind}{' flash' if flash else ''}"
+                    made[label] = partial(LlamaCpp, source.gguf, kind, flash, threads)
         else:
             raise UsageError(f"peer '{name}': choose from {', '.join(PEERS)}")
     return made
