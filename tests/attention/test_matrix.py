@@ -86,9 +86,11 @@ def isa(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def set_threads():
+    """Steps as small as these are done by one thread sooner than by two."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield torch.set_num_threads
     torch.set_num_threads(before)
 
