@@ -1,5 +1,7 @@
 """One step of sparse attention without a model, and what it weighed: found by asking, not by trusting the index."""
 
+from copy import copy
+
 import torch
 
 from thresher.attention.index import Index
@@ -81,8 +83,7 @@ class Case:
         return normal(self.layers, n, self.heads.q_heads, self.heads.head_dim, seed=self.seed + 2).to(self.dtype)
 
     def fork(self):
-        other = object.__new__(Case)
-        other.__dict__.update(self.__dict__)
+        other = copy(self)
         other.sequence = self.sequence.fork()
         other.index = other.sequence.index
         return other
@@ -294,7 +295,7 @@ def sampled(case, q, keys, values, end, counted):
     """What a uniform sample weighs, bool `[q_heads, n]`, and the natural logarithms of how often each of its rows
     counts. The choice of the best rows is that of `sign`."""
     method, index, group = case.method, case.index, case.index.shape.group
-    best = case.fork()
+    best = copy(case)  # of the same sequence, with another index
     best.method = parse_method(
         f"sign:budget={method.heavy},bits={method.bits},sinks={method.sinks},window={method.window},"
         f"dense_layers={method.dense_layers}"
