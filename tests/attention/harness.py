@@ -34,10 +34,11 @@ def normal(*shape, seed):
 
 
 def text_like(n, heads, layers, seed):
-    """Keys with a mean far from 0 and directions that are longer than others, as those of models have."""
+    """Keys and values with means that are not 0, keys with directions that are longer than others, as in models."""
     kv = normal(layers, 2, heads.kv_heads, n, heads.head_dim, seed=seed)
     channel = torch.linspace(0.3, 1.7, heads.head_dim)
     kv[:, 0] = kv[:, 0] * channel + 2 * normal(layers, heads.kv_heads, 1, heads.head_dim, seed=seed + 1)
+    kv[:, 1] += 1
     return kv
 
 
@@ -333,7 +334,7 @@ def sampled(case, q, keys, values, end, counted):
         more = reference_sample(random, read, size - pilot) + method.sinks
         found, times = torch.cat([drawn_rows, more]).unique(return_counts=True)
         weighed[heads, found] = True
-        log_weights[heads, found] = (times * rest / size).log()
+        log_weights[heads, found] = (times.double() * rest / size).log()
     assert counted.escalated == fewest
     assert abs(counted.rows - rows) <= (0 if case.dtype == torch.float32 else 0.02 * rows)
     return weighed, log_weights

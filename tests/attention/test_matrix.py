@@ -140,6 +140,16 @@ def test_matches_the_reference_of_its_choice(isa, heads, dtype, text):
     check_step(make(text, heads, 600, dtype, seed=2))
 
 
+@shapes
+def test_some_of_what_is_verified_is_sampled(heads, dtype):
+    """Else the matrix would not see samples."""
+    case = make("verified:heavy=20,epsilon=0.9,delta=0.6", heads, 600, dtype, seed=2)
+    case.index.clear_readings()
+    case.attend()
+    counted = case.index.readings()
+    assert counted.escalated < counted.checked == heads.kv_heads
+
+
 @sparse_methods
 def test_layers_have_indexes_of_their_own(text):
     """The last of three layers, of which the first is dense and the second holds other keys."""
