@@ -10,14 +10,12 @@ import torch
 
 from conftest import byte_tokenizer, tiny_module
 from thresher import LLM, SamplingParams
-from thresher.attention.registry import METHODS, parse_method
 from thresher.cache.sequence import KVSequence, resident_bytes
 from thresher.engine import llm as llm_module
 from thresher.engine import scheduler as scheduler_module
 from thresher.engine.runner import Work
 from thresher.engine.scheduler import Request, Scheduler
 from thresher.errors import CapacityError, KVFileBusyError, KVFileMismatchError, UsageError
-from thresher.machine.cost import ModelShape, attention_cost
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 8
 
@@ -290,22 +288,6 @@ def test_documents_that_do_not_fit(tiny, tiny_folder):
         tiny.ask(context, " ")
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_is_dense_when_its_budget_covers_the_context(tiny_folder, tiny, name):
-    """The shared matrix: a method that may read everything gives the dense answer."""
-    full = {
-        "dense": "dense",
-        "streaming": "streaming:sinks=0,window=4096",
-        "lsh": "lsh:K=0,L=2,dense_below=0,window=8",
-        "verified": "verified:heavy=4096,dense_below=0,window=8",
-        "sample": "sample:window=4096,dense_below=0",
-    }.get(name, f"{name}:budget=4096,dense_below=0,window=8")
-    params = SamplingParams(max_new_tokens=30, temperature=1.0, ignore_eos=True)
-    expected = [a[0].token_ids for a in tiny.generate(prompts(), params)]
-    llm = LLM(tiny_folder, weights="float32", attention=full)
-    assert [a[0].token_ids for a in llm.generate(prompts(), params)] == expected
-
-
 def test_streaming_reads_less_and_only_for_generated_tokens(tiny_folder, tiny):
     llm = LLM(tiny_folder, weights="float32", attention="streaming:sinks=2,window=20")
     params = SamplingParams(max_new_tokens=30, ignore_eos=True)
@@ -327,16 +309,6 @@ def test_unknown_settings(tiny_folder):
     ):
         with pytest.raises(UsageError, match=words):
             LLM(tiny_folder, **arguments)
-
-
-def test_methods_say_what_they_are():
-    for name, method in METHODS.items():
-        assert method.name == name
-        assert method.paper.startswith("https://")
-        assert method.__doc__
-        assert parse_method(str(method())) == method()
-        shape = ModelShape(4, 9, 3, 64, 0, 0, 2)
-        assert method().cost(shape, 10).bytes <= attention_cost(shape, 10).bytes
 
 
 def test_scheduler_is_idle_after_all(tiny):

@@ -1,6 +1,7 @@
 """Methods by name, and the text that chooses one: `streaming:sinks=4,window=1024`."""
 
 import difflib
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -37,19 +38,22 @@ def parse_method(text: str) -> AttentionMethod:
         key, _, value = part.partition("=")
         if key not in types:
             raise UsageError(f"attention '{name}', parameter '{key}': {_unknown(key, list(types))}")
+        kind = float if "float" in str(_annotation(method, key)) else types[key]
         try:
-            chosen[key] = number(value) if "float" in str(_annotation(method, key)) else types[key](value)
+            chosen[key] = number(value) if kind is float else kind(value)
         except ValueError:
-            raise UsageError(f"attention '{name}', {key}={value}: not a {_kind(types[key])}") from None
+            raise UsageError(f"attention '{name}', {key}={value}: not a {_kind(kind)}") from None
     return method(**chosen)
 
 
 def number(text: str) -> int | float:
-    """A whole number stays one, so that it is written as it was given."""
+    """A whole number stays one, so that it is written as it was given. Raises ValueError if it is not finite."""
     try:
         return int(text)
     except ValueError:
-        return float(text)
+        if not math.isfinite(x := float(text)):
+            raise
+        return x
 
 
 def _annotation(method: type[AttentionMethod], name: str) -> object:

@@ -198,8 +198,8 @@ class BudgetMethod(SparseMethod):
 
     budget: tokens a query head chooses, or below 1 a share of the context. union: 1, every query head weighs all
     that its group reads, which costs no memory traffic; 0, only what it chose itself. tail: centroids a block that
-    answer for what is not read (0: it is dropped); spec: mean key, mean value and count of each, less what was
-    read.
+    answer for what is not read (0: it is dropped): the mean key and mean value of a whole cluster, as often as rows
+    of it are not read.
     """
 
     budget: float = 256

@@ -47,8 +47,8 @@ def cluster_rows(
 
 def _nearest(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     """The nearest centroid of each row: |x - c|^2 less the same |x|^2."""
-    products = torch.bmm(x, centroids.transpose(1, 2))
-    return (products - 0.5 * centroids.square().sum(-1)[:, None]).argmax(dim=-1)
+    bias = -0.5 * centroids.square().sum(-1)[:, None]
+    return torch.baddbmm(bias, x, centroids.transpose(1, 2)).argmax(dim=-1)
 
 
 def query_stretch(queries: torch.Tensor, power: float) -> torch.Tensor:
@@ -63,20 +63,3 @@ def query_stretch(queries: torch.Tensor, power: float) -> torch.Tensor:
     size, basis = torch.linalg.eigh(moment)
     size = torch.maximum(size, 1e-3 * size[:, -1:]).clamp(min=1e-12)
     return torch.bmm(basis * size.pow(power)[:, None], basis.transpose(1, 2))
-
-
-def reference_tail(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, assigned: torch.Tensor, read: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and values of the centroids of what is not read, in float64.
-
-    q `[heads, head_dim]`, keys and values `[n, head_dim]`, assigned int `[n]`, read bool `[n]`. Returns logits
-    `[heads, clusters]` (mean key . q * scale + log count, -inf where all is read) and mean values `[clusters,
-    head_dim]`.
-    """
-    clusters = int(assigned.max()) + 1
-    member = torch.nn.functional.one_hot(assigned.long(), clusters).double() * ~read[:, None]
-    counts = member.sum(0)
-    mean_key = member.T @ keys.double() / counts.clamp(min=1)[:, None]
-    mean_value = member.T @ values.double() / counts.clamp(min=1)[:, None]
-    return q.double() @ mean_key.T * scale + counts.log(), mean_value
