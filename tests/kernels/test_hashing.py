@@ -19,7 +19,7 @@ from thresher.kernels.hashing import (
 )
 from thresher.kernels.linear import pack_linear
 
-# A sign may differ from that of the float64 product where this is below a rounding error: as a share of |key| |direction|.
+# A sign may differ from the float64 product's where that is below a rounding error: as a share of |key| |direction|.
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
 # Bits a table and tables: all pairs of the two lists with at most MOST_DIRECTIONS bits in all.
