@@ -505,8 +505,8 @@ def test_variance_formula():
     """Var of the denominator against sum w^2 (1 - u) / u, over 4,000 draws, and its plug-in estimate.
 
     Random keys share a little of the luck of a draw (the inclusions are not independent): the variance is 1.5 times the
-    formula's. In clusters they share most of it: 36 times. The plug-in's mean is within 4 standard errors of the formula
-    (one seed in 16,000) in both.
+    formula's. In clusters they share most of it: 36 times. The plug-in's mean is within 4 standard errors of the
+    formula (one seed in 16,000) in both.
     """
     K, L, n = 5, 30, 300
     for spread, least, most in ((1.0, 1.0, 2.0), (0.1, 10.0, 60.0)):
@@ -724,7 +724,7 @@ def test_keys_of_zeros(isa, n):
 def test_equal_keys(dtype, n):
     """All keys are the query: what is left of them when they are centred is rounding, and no weight may come of it.
 
-    They are found together or not at all, as often as keys at cosine 0 (u = 0.38, z-test over 200 seeds, |z| < 4), and
+    They are found together or not at all, as often as keys at cosine 0 (u = 0.36, z-test over 200 seeds, |z| < 4), and
     then weigh 1 / u each.
     """
     torch.manual_seed(22)
