@@ -566,6 +566,17 @@ def test_certificate(isa):
         assert close(certified[above], exact[above]) if above.any() else True
 
 
+def test_no_certificate_without_a_sample(isa):
+    """Where no key was found nothing is known of those not read: such outputs are dense, whatever error is allowed."""
+    torch.manual_seed(33)
+    heads = Heads(4, 2, 16)
+    context = Context("K=16,L=2,certify=100", heads, torch.randn(2, 2000, 16))
+    q, k, v = random_step(heads)
+    assert not (hits(context, q)[1] >= 2).any()
+    assert close(context.attend(q, k, v, 0.25), dense(context, q, k, v, 0.25))
+    assert context.index.readings().escalated == 4
+
+
 # ---- T6: invariances -----------------------------------------------------------------------------------------------
 
 
