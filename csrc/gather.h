@@ -373,7 +373,7 @@ void gather_item(const Attention& args, const SparseItem& item, Scratch& s) {
 
 // ---- certificate -------------------------------------------------------------------------------------------------
 
-// The estimated relative error of a merged row: sqrt(sum a |v - o|^2) / (sum of weights * |o|).
+// The estimated relative error of a merged row: sqrt(sum a |v - o|^2) / (sum of weights * |o|); infinite without a sample.
 inline float relative_error(const float* parts, const float* doubts, int64_t count, int64_t dim, float max, float sum, const float* acc) {
   double weight = 0, square = 0, along = 0, norm = 0;
   for (int64_t d = 0; d < dim; ++d) norm += double(acc[d] / sum) * double(acc[d] / sum);
@@ -386,6 +386,7 @@ inline float relative_error(const float* parts, const float* doubts, int64_t cou
     square += doubt[1] * scale;
     for (int64_t d = 0; d < dim; ++d) along += doubt[2 + d] * scale * double(acc[d] / sum);
   }
+  if (weight == 0) return infinity();  // no candidate was drawn: nothing is known of the rest
   const double variance = square - 2 * along + norm * weight;
   return variance > 0 ? float(__builtin_sqrt(variance / (norm > 0 ? norm : 1e-30)) / sum) : 0;
 }

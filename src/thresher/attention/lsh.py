@@ -13,6 +13,7 @@ from thresher.kernels.linear import PackedLinear, pack_linear
 SORTED_TOKENS = 1024  # blocks of fewer tokens keep their codes as they are: buckets would take more than they save
 COSINES = 4096  # points of the table of log probabilities
 FULLNESS = 4.6  # how much fuller the buckets of queries are than if keys were spread evenly (docs/results.md)
+ROUNDING = 1e-5  # of a mean's norm: centred keys shorter than this are taken for zero
 TYPICAL_COSINE = 0.12  # where keys of prose lie on average, for the expected cost (docs/results.md)
 
 
@@ -62,6 +63,11 @@ class LSH(SparseMethod):
         self, keys: torch.Tensor, values: torch.Tensor, frozen: dict[str, torch.Tensor], shape: Shape
     ) -> dict[str, torch.Tensor]:
         bits, norms, _ = project(keys, frozen["mean"], self._directions(shape))
+        # What is left of a key that equals the mean is rounding, without a direction. As zeros it lies in bucket 0 and
+        # at cosine 0 to all queries, which is as likely to be found as the closed form says.
+        nothing = norms < ROUNDING * frozen["mean"].norm(dim=-1, keepdim=True)
+        norms.masked_fill_(nothing, 0)
+        bits.masked_fill_(nothing[..., None], 0)
         codes = lsh_codes(bits, self.K, self.L)
         if keys.shape[1] < SORTED_TOKENS:
             return {"codes": codes, "norms": norms}
