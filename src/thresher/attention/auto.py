@@ -13,6 +13,6 @@ class Auto(Sign):
 
     window: int = 32
     dense_layers: str = "none"
-    budget: float = 128
+    budget: float = 160
     bits: int = 32
     tail: int = 64

