@@ -6,13 +6,19 @@ from thresher.attention.sign import Sign
 
 @dataclass(frozen=True)
 class Auto(Sign):
-    """The preset that the measurements favour: `sign` ranking, the group's union, a tail of centroids
-    (docs/results.md)."""
+    """The preset that the measurements favour: `sign` ranking by 32 bits, the group's union, a tail of centroids.
+
+    share: the budget is at least this part of the context. With a tail no layer needs to stay dense (docs/results.md).
+    """
 
     name: ClassVar[str] = "auto"
 
     window: int = 32
     dense_layers: str = "none"
     budget: float = 160
-    bits: int = 32
     tail: int = 64
+    bits: int = 32
+    share: float = 0.005
+
+    def budget_tokens(self, context: int) -> int:
+        return max(super().budget_tokens(context), round(self.share * context))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from thresher.cli import options as o
-from thresher.cli.eval import JournalFile, Methods, drop_journal, journal_path, named_text, say_resumed, show_interval
+from thresher.cli.eval import JournalFile, Methods, drop_journal, journal_path, named_text, say_resumed
 from thresher.cli.terminal import clear_errors, progress_bar, say, write_json
 
 if TYPE_CHECKING:
@@ -89,21 +89,20 @@ def _table(rows: "list[Fidelity]") -> None:
         title = f"{text}, {context} tokens"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         table.add_column("method", overflow="fold")
-        for name in ("KL", "most", "top1 %", "loss", "error %", "tokens %", "KV %", "ms", "build s"):
+        for name in ("KL", "±", "most", "top1", "err %", "tok %", "KV %", "ms"):
             table.add_column(name, justify="right", no_wrap=True)
         for row in rows:
             if (row.text, row.context) == (text, context):
                 table.add_row(
                     row.method,
-                    show_interval(row.kl, 4),
-                    f"{row.kl_most:.3f}",
+                    f"{row.kl.mean:.4f}",
+                    f"{(row.kl.high - row.kl.low) / 2:.4f}",
+                    f"{row.kl_most:.2f}",
                     f"{100 * row.top1:.0f}",
-                    f"{row.loss.mean:+.3f}",
                     f"{100 * row.output_error:.1f}",
                     f"{100 * row.tokens_share:.1f}",
                     f"{100 * row.kv_read:.1f}",
                     f"{row.ms:.1f}",
-                    f"{row.build_seconds:.1f}",
                 )
         Console().print(table)
     for row in rows:
@@ -111,7 +110,7 @@ def _table(rows: "list[Fidelity]") -> None:
             share = 100 * row.escalated
             say(f"{row.method} at {row.context} tokens: {share:.2f} % of checked outputs were answered densely")
     say(
-        "KL, most: to dense, mean with 95 % interval and largest, nats a token; loss: of the text's tokens, "
-        "less dense; error: of attention outputs in all layers; tokens: weighed by a query head of a sparse layer; "
-        "KV: bytes read in all layers with indexes, dense = 100"
+        "KL: to dense, nats a token; ±: half its 95 % interval; most: the largest; top1: same most likely token, %; "
+        "err: of attention outputs; tok: weighed by a query head of a sparse layer; KV: bytes read with indexes, "
+        "dense = 100"
     )

