@@ -229,3 +229,42 @@ def test_ctrl_c_while_reading_keeps_a_checkpoint(tiny_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["resumed_at"] >= 512
     assert sorted(os.listdir(tmp_path)) == ["long.txt", "x.kv"]
+
+
+def test_methods_are_listed():
+    done = run("methods", "--json", "-", "--contexts", "4096,65536")
+    assert done.returncode == 0
+    listed = {m["name"]: m for m in json.loads(done.stdout)}
+    assert {"dense", "auto", "lsh", "verified"} <= listed.keys()
+    assert listed["dense"]["exact"]
+    assert listed["lsh"]["parameters"]["K"] == 9
+    assert listed["auto"]["cost"]["65536"]["bytes"] < 0.1 * listed["dense"]["cost"]["65536"]["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("methods", "--heads", "9x2x64x4"), "--heads"),
+        (("bench", "attention", "--heads", "3"), "--heads"),
+        (("generate", "hello", "--certify", "0.1"), "estimates no error"),
+        (("generate", "hello", "--attention", "lsh", "--certify", "-1"), "above 0"),
+        (("eval", "fidelity", "--attention", "lhs"), "did you mean 'lsh'"),
+    ],
+)
+def test_wrong_methods_end_in_one_line(arguments, words):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_attention_alone_is_timed():
+    done = run(
+        *("bench", "attention", "--heads", "4x2x64", "--contexts", "2048"),
+        *("--attention", "sign:budget=64,dense_below=0", "--rounds", "1", "--json", "-"),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [r["method"] for r in rows] == ["dense", "sign:dense_below=0,budget=64"]
+    assert rows[1]["rows"] < 0.2
+    assert rows[0]["error"] == 0 < rows[1]["error"]
