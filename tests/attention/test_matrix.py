@@ -329,7 +329,8 @@ def test_contexts_with_nothing_to_choose_from(text):
 @pytest.mark.parametrize("budget", [1, 63, 0.001, 0.5])
 @pytest.mark.parametrize("text", [t for t in SPARSE_TEXTS if "budget" in t])
 def test_budgets(text, budget):
-    case = make(changed(text, budget=budget), Heads(6, 2, 16), 500, seed=14)
+    alone = {"share": 0} if text.startswith("auto") else {}
+    case = make(changed(text, budget=budget, **alone), Heads(6, 2, 16), 500, seed=14)
     assert case.reading.budget == (budget if budget >= 1 else max(1, round(budget * 500)))
     check_step(case)
 
@@ -345,6 +346,12 @@ def test_budgets(text, budget):
 )
 def test_any_length_sinks_and_window(text, n, sinks, window, head_counts, seed):
     check_step(make(changed(text, sinks=sinks, window=window), Heads(*head_counts, 16), n, seed=seed))
+
+
+def test_the_preset_reads_its_share_at_least():
+    case = make("auto:budget=2,share=0.02,dense_below=0", Heads(6, 2, 16), 500, seed=14)
+    assert case.reading.budget == 10
+    check_step(case)
 
 
 def test_an_index_serves_other_budgets_and_windows():

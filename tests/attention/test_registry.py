@@ -94,6 +94,7 @@ CHOICES = {
     "dense_layers": st.sampled_from(["none", "0", "0+1", "2+5+31"]),
     "dense_below": st.integers(-1, 10**6),
     "budget": st.integers(1, 10**6) | st.floats(1e-6, 0.999),
+    "share": st.floats(0, 0.999),
     "draws": st.integers(1, 10**6) | st.floats(1e-6, 0.999),
     "heavy": st.integers(1, 10**6) | st.floats(1e-6, 0.999),
     "tail": st.integers(0, 4096),

@@ -2,6 +2,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from thresher.attention.sign import Sign
+from thresher.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,11 @@ class Auto(Sign):
     tail: int = 64
     bits: int = 32
     share: float = 0.005
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.share < 1:
+            raise UsageError(f"auto, share={self.share}: give a part of the context from 0 to below 1")
 
     def budget_tokens(self, context: int) -> int:
         return max(super().budget_tokens(context), round(self.share * context))
