@@ -300,6 +300,8 @@ void append_token(const Attention& args, const Sequence& seq, int64_t t) {
   }
 }
 
+#include "prepare.h"
+#include "scan.h"
 #include "choose.h"
 #include "gather.h"
 

@@ -66,6 +66,7 @@ def plot_timings(rows: "Sequence[Timing]", path: Path) -> None:
             axis.plot(contexts, [r.floor_ms for r in own], ls="--", lw=0.8, color=color)
         axis.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="ms a pass", title=f"batch {batch}")
         axis.set_xticks(sorted({r.context for r in rows}), [f"{c:,}" for c in sorted({r.context for r in rows})])
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3, which="both")
     axes[0][-1].legend(fontsize=8, title="dashed: floor")
     _save(pyplot, figure, path)
