@@ -26,12 +26,13 @@ int64_t count_from(const T* x, int64_t n, T t) {
   return total;
 }
 
-// Bit i: x[i] >= t, of 64.
+// Bit i: x[i] >= t, of 64. Masks are joined as masks: GCC 12 may spill a 32-bit one and read it back as 64 bits when it is
+// widened instead, and then the upper half is whatever lay there.
 inline uint64_t mask_from(const int16_t* x, int16_t t) {
 #if defined(__AVX512BW__)
   const __m512i limit = _mm512_set1_epi16(t);
-  return uint64_t(_mm512_cmpge_epi16_mask(_mm512_loadu_si512(x), limit)) |
-         uint64_t(_mm512_cmpge_epi16_mask(_mm512_loadu_si512(x + 32), limit)) << 32;
+  return _mm512_kunpackd(_mm512_cmpge_epi16_mask(_mm512_loadu_si512(x + 32), limit),
+                         _mm512_cmpge_epi16_mask(_mm512_loadu_si512(x), limit));
 #else
   uint64_t bits = 0;
   for (int i = 0; i < 64; ++i) bits |= uint64_t(x[i] >= t) << i;
@@ -39,15 +40,15 @@ inline uint64_t mask_from(const int16_t* x, int16_t t) {
 #endif
 }
 inline uint64_t mask_from(const int32_t* x, int32_t t) {
-  uint64_t bits = 0;
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
   const __m512i limit = _mm512_set1_epi32(t);
-  for (int j = 0; j < 4; ++j)
-    bits |= uint64_t(_mm512_cmpge_epi32_mask(_mm512_loadu_si512(x + 16 * j), limit)) << (16 * j);
+  auto reached = [&](int at) { return _mm512_cmpge_epi32_mask(_mm512_loadu_si512(x + at), limit); };
+  return _mm512_kunpackd(_mm512_kunpackw(reached(48), reached(32)), _mm512_kunpackw(reached(16), reached(0)));
 #else
+  uint64_t bits = 0;
   for (int i = 0; i < 64; ++i) bits |= uint64_t(x[i] >= t) << i;
-#endif
   return bits;
+#endif
 }
 
 template <class T>

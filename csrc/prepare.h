@@ -28,9 +28,9 @@ inline int64_t plane_of(const Attention& args, const Sparse& sparse, int64_t kv_
 
 // Bit j: x[j] > 0, of one panel.
 inline uint32_t positive(const float* x) {
-#if defined(__AVX512F__)
-  return uint32_t(_mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_setzero_ps(), _CMP_GT_OQ)) |
-         uint32_t(_mm512_cmp_ps_mask(_mm512_loadu_ps(x + 16), _mm512_setzero_ps(), _CMP_GT_OQ)) << 16;
+#if defined(__AVX512BW__)
+  return _mm512_kunpackw(_mm512_cmp_ps_mask(_mm512_loadu_ps(x + 16), _mm512_setzero_ps(), _CMP_GT_OQ),
+                         _mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_setzero_ps(), _CMP_GT_OQ));
 #else
   uint32_t bits = 0;
   for (int j = 0; j < panel; ++j) bits |= uint32_t(x[j] > 0) << j;
