@@ -300,7 +300,10 @@ void append_token(const Attention& args, const Sequence& seq, int64_t t) {
   }
 }
 
+constexpr float log2_e = 1.4426950408889634f;
+
 #include "prepare.h"
+#include "probe.h"
 #include "scan.h"
 #include "choose.h"
 #include "gather.h"
@@ -328,10 +331,11 @@ void merge_row(const Attention& args, int32_t sequence, int64_t row, float* acc)
 // One step of a sparse sequence, when those it needs are done.
 template <class E, int D>
 void run_step(const Attention& args, const SparseItem& item, Scratch& s) {
-  int32_t* done = args.sequences[item.sequence].sparse->done + 4 * item.kv_head;
+  int32_t* done = args.sequences[item.sequence].sparse->done + step_kinds * item.kv_head;
   while (item.count && __atomic_load_n(done + int(item.after), __ATOMIC_ACQUIRE) < item.count) relax();
   switch (item.step) {
     case Step::prepare: prepare_item<E>(args, item, s); break;
+    case Step::probe: probe_item<E>(args, item, s); break;
     case Step::scan: scan_item<E>(args, item, s); break;
     case Step::choose: choose_item(args, item, s); break;
     case Step::gather: gather_item<E, D>(args, item, s); break;

@@ -229,6 +229,22 @@ inline void spread(const uint64_t* units, int64_t count, int unit, uint64_t* cho
   }
 }
 
+// The best of what was probed, marked where the tokens lie.
+inline void choose_probed(const Attention& args, const Sparse& sparse, int64_t kv_head, int16_t* scores, Scratch& s, uint64_t* chosen) {
+  const int32_t* probed = probed_of(sparse, kv_head);
+  const int64_t count = *probed++, plane = plane_of(args, sparse, kv_head);
+  mark_top(scores, count * 16, sparse.budget, s.unit_marks, (int16_t*)s.values_left);
+  __builtin_memset(chosen, 0, size_t(8 * words(sparse.end - sparse.begin)));
+  const Block* b = sparse.blocks;
+  for (int64_t w = 0; w < words(count * 16); ++w)
+    for (uint64_t bits = s.unit_marks[w]; bits; bits &= bits - 1) {
+      const int64_t slot = w * 64 + __builtin_ctzll(bits), x = int64_t(probed[slot / 16]) * 16 + slot % 16;
+      while (x >= b->end - sparse.begin) ++b;
+      const int64_t begin = b->begin - sparse.begin, token = begin + b->order[plane * (b->end - b->begin) + x - begin];
+      chosen[token / 64] |= uint64_t(1) << (token % 64);
+    }
+}
+
 inline void choose_item(const Attention& args, const SparseItem& item, Scratch& s) {
   const Sequence& seq = args.sequences[item.sequence];
   const Sparse& sparse = *seq.sparse;
@@ -237,7 +253,9 @@ inline void choose_item(const Attention& args, const SparseItem& item, Scratch& 
   uint64_t* chosen = sparse.chosen + item.head * words(n);
   int32_t* scores = (int32_t*)(sparse.scores + item.head * ranks * 4);
   const int64_t kv_head = m.shared ? item.head : item.head / (args.q_heads / args.kv_heads);
-  if (m.rank == Rank::signs) {
+  if (sparse.probe) {
+    choose_probed(args, sparse, kv_head, (int16_t*)scores, s, chosen);
+  } else if (m.rank == Rank::signs) {
     mark_top((int16_t*)scores, n, sparse.budget, chosen, (int16_t*)s.values_left);
   } else if (m.rank == Rank::clusters) {
     choose_clusters(args, sparse, kv_head, scores, (uint8_t*)s.values_left, chosen);

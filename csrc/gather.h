@@ -3,7 +3,6 @@
 // Included inside the namespace of one instruction set.
 #pragma once
 
-constexpr float log2_e = 1.4426950408889634f;
 inline float total_of(vf x) {
 #if defined(__AVX512F__)
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));

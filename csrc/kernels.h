@@ -86,6 +86,7 @@ struct Block {
   int64_t units;             // ranked rows
   const uint32_t* signs;     // [n / 16, bits / 32, 16]
   const uint8_t* factors;    // [n]: what a sum of signs is multiplied by
+  const uint16_t* order;     // [n]: the tokens in the order of their clusters, which signs and factors have then; or null
   const void* rows;          // [units, row_dim]
   const uint16_t* codes;     // [tables, n]: small blocks
   const uint32_t* heads;     // [tables, 2^K + 1]: where buckets begin in ids
@@ -112,11 +113,13 @@ struct Sparse {  // one sequence in one pass
   int64_t begin, end;     // candidates, absolute positions
   int64_t ranked;         // ranked rows of all blocks
   int64_t budget;         // tokens (draws) of a query head
+  int64_t probe;          // signs in order of clusters: candidates of which a KV head looks at the signs; 0: all
   // Working memory, for each query head: scores [ranked], bits [candidates / 64], a query for ranking.
   char* scores;
   uint64_t* chosen;
   char* queries;
-  int32_t* done;  // [kv_heads, 4]: steps of each kind that are finished in this layer
+  int32_t* probed;  // [kv_heads, 1 + ranked / 16]: how many groups of 16 candidates are looked at, and which
+  int32_t* done;    // [kv_heads, step_kinds]: steps of each kind that are finished in this layer
   Counters* counters;
 };
 
@@ -124,7 +127,8 @@ constexpr int64_t ranking_query_bytes = 4096;  // of one query head
 constexpr int most_group = 32;                 // query heads of a KV head
 constexpr int gather_parts = 4;                // pieces that a KV head's gathered rows are dealt out to
 
-enum class Step : int32_t { prepare = 0, scan = 1, choose = 2, gather = 3 };
+enum class Step : int32_t { prepare = 0, probe = 1, scan = 2, choose = 3, gather = 4 };
+constexpr int step_kinds = 5;
 
 // One step of one sparse sequence. Steps are handed out in order, so those that a step waits for are never behind it.
 struct SparseItem {
@@ -134,7 +138,7 @@ struct SparseItem {
   Step after;              // waits until `count` steps of this kind are done for its KV head
   int32_t count;
   int32_t part;            // scan: block; gather: piece, gather_parts: the tail
-  int64_t begin, end;      // scan: ranked rows of the block
+  int64_t begin, end;      // scan: ranked rows of the block; of what was probed: piece, of so many
 };
 
 struct Sequence {

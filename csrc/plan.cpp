@@ -47,7 +47,7 @@ Plan::Plan(const Kernels* kernels, Workspace* workspace, Type type, int q_heads,
 }
 
 void Plan::add(int64_t queries, int64_t past, int64_t window, int64_t sinks, std::vector<Run> runs, Index* index,
-               int64_t end, int64_t budget) {
+               int64_t end, int64_t budget, int64_t probe) {
   int64_t at = 0;
   for (const Run& run : runs) {
     if (run.start != at || run.end < run.start || run.end - run.start > run.capacity || !run.base)
@@ -63,9 +63,11 @@ void Plan::add(int64_t queries, int64_t past, int64_t window, int64_t sinks, std
     for (const Block& b : blocks) {
       if (b.begin != reached || b.end <= b.begin || (b.end - b.begin) % group_tokens)
         throw std::invalid_argument("Plan.add: blocks must follow each other in whole groups");
+      if ((b.order != nullptr) != (probe > 0) || (b.order && (index->method.rank != Rank::signs || !b.means || !b.counts)))
+        throw std::invalid_argument("Plan.add: signs are probed if and only if they lie in the order of clusters");
       reached = b.end;
     }
-    if (queries != 1 || end < index->begin || end > past || budget < 0 || (!blocks.empty() && reached != end) ||
+    if (queries != 1 || end < index->begin || end > past || budget < 0 || probe < 0 || (!blocks.empty() && reached != end) ||
         (blocks.empty() && index->method.rank != Rank::keys && end != index->begin))
       throw std::invalid_argument("Plan.add: an index is for one new token, its candidates lie before it");
   }
@@ -92,6 +94,7 @@ void Plan::add(int64_t queries, int64_t past, int64_t window, int64_t sinks, std
   sparse.begin = index->begin;
   sparse.end = end;
   sparse.budget = budget;
+  sparse.probe = probe;
   sparse.counters = &index->counters;
   if (index->method.rank == Rank::keys || index->method.rank == Rank::signs) sparse.ranked = end - index->begin;
   for (const Block& b : index->blocks) {
@@ -125,17 +128,22 @@ void Plan::add_sparse(Work& work, size_t sequence) {
     const Block& block = sparse.blocks[b];
     return m.rank == Rank::signs ? block.end - block.begin : block.units;
   };
+  const int64_t probed = sparse.probe ? (std::min(sparse.probe, sparse.ranked) + piece - 1) / piece : 0;
   if (m.rank == Rank::keys) scan(0, rows_of(0));
-  for (int32_t b = 0; ranked && m.rank != Rank::keys && b < sparse.block_count; ++b) scan(b, rows_of(b));
+  for (int32_t b = 0; ranked && !probed && m.rank != Rank::keys && b < sparse.block_count; ++b) scan(b, rows_of(b));
   for (int32_t h = 0; h < shape_.kv_heads; ++h)
     for (int32_t i = 0; i < preparing; ++i)
       work.sparse.push_back({Step::prepare, s, h * preparing + i, h, Step::prepare, 0, 0, 0, 0});
+  for (int32_t h = 0; probed && h < shape_.kv_heads; ++h) {
+    work.sparse.push_back({Step::probe, s, h, h, Step::prepare, preparing, 0, 0, 0});
+    for (int64_t p = 0; p < probed; ++p) work.sparse.push_back({Step::scan, s, h, h, Step::probe, 1, 0, p, probed});
+  }
   for (int32_t h = 0; ranked && h < shape_.kv_heads; ++h)
     for (const auto& [block, at] : scans)
       work.sparse.push_back({Step::scan, s, h, h, Step::prepare, preparing, block, at, std::min(at + piece, rows_of(block))});
   for (int32_t h = 0; ranked && h < shape_.kv_heads; ++h)
     for (int32_t i = 0; i < choosing; ++i)
-      work.sparse.push_back({Step::choose, s, h * choosing + i, h, Step::scan, int32_t(scans.size()), 0, 0, 0});
+      work.sparse.push_back({Step::choose, s, h * choosing + i, h, Step::scan, int32_t(scans.size() + size_t(probed)), 0, 0, 0});
   const Step last = ranked ? Step::choose : Step::prepare;
   const int32_t count = ranked ? choosing : preparing, pieces = m.take == Take::verify ? 1 : gather_parts;
   for (int32_t p = 0; p < pieces; ++p)
@@ -154,15 +162,17 @@ void Plan::place_sparse() {
     const int64_t ranked = (s.ranked + 63) / 64 * 64, n_words = (s.end - s.begin + 63) / 64;
     const int64_t scores = shape_.q_heads * ranked * 4, chosen = shape_.q_heads * n_words * 8;
     const int64_t sizes[] = {scores, (chosen + 63) / 64 * 64, shape_.q_heads * ranking_query_bytes,
-                             (shape_.kv_heads * 16 + 63) / 64 * 64};
+                             s.probe ? (shape_.kv_heads * (1 + ranked / 16) * 4 + 63) / 64 * 64 : 0,
+                             (shape_.kv_heads * step_kinds * 4 + 63) / 64 * 64};
     if (at) {
       Sparse& to = const_cast<Sparse&>(s);
       to.scores = at;
       to.chosen = (uint64_t*)(at + sizes[0]);
       to.queries = at + sizes[0] + sizes[1];
-      to.done = (int32_t*)(at + sizes[0] + sizes[1] + sizes[2]);
+      to.probed = (int32_t*)(at + sizes[0] + sizes[1] + sizes[2]);
+      to.done = (int32_t*)(at + sizes[0] + sizes[1] + sizes[2] + sizes[3]);
     }
-    return sizes[0] + sizes[1] + sizes[2] + sizes[3];
+    return sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4];
   };
   int64_t total = 64;
   for (const Sparse& s : sparse_) total += bytes(s, nullptr);
@@ -289,7 +299,7 @@ void Plan::run(Attention args, const Work& w) {
   args.sequence_count = int32_t(w.sequences.size());
   args.sparse_items = w.sparse.data();
   args.sparse_count = int64_t(w.sparse.size());
-  for (const Sparse& sparse : sparse_) std::memset(sparse.done, 0, size_t(shape_.kv_heads) * 16);
+  for (const Sparse& sparse : sparse_) std::memset(sparse.done, 0, size_t(shape_.kv_heads * step_kinds) * sizeof(int32_t));
   args.items = w.items.data();
   args.item_count = int64_t(w.items.size());
   args.fold_count = w.fold_count;

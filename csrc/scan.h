@@ -1,5 +1,5 @@
-// The second step: every block of candidates is scored for the query heads of its KV head. Included inside the namespace of
-// one instruction set.
+// The second step: candidates, block by block or those that were probed, are scored for the query heads of their KV head.
+// Included inside the namespace of one instruction set.
 #pragma once
 
 inline int sign_shift(int bits) {  // so that the largest score fits into 16 bits
@@ -34,80 +34,127 @@ ALWAYS_INLINE __m512i look_up_nibbles(__m512i nibbles, __m512i place, const uint
 }
 #endif
 
-// Scores of keys [begin, end), multiples of 64, for R queries: factor * sum of +-q.
+constexpr int sign_groups = 4;  // of 16 keys, scored together: the sums of a piece are loaded once for all of them
+
+struct SignGroups {
+  const uint32_t* signs[sign_groups];
+  const uint8_t* factors[sign_groups];
+};
+
+// Scores of four groups, next to each other at scores[r] + at, for R queries: factor * sum of +-q.
 template <int R>
-void scan_signs(int bits, const uint32_t* signs, const uint8_t* factors, int64_t begin, int64_t end,
-                const SignQuery* const* queries, int16_t* const* scores) {
-  const int pieces = bits / 32, shift = sign_shift(bits), zero = nibble_zero * bits / 4;
+ALWAYS_INLINE void scan_signs(int pieces, int shift, const SignGroups& from, const SignQuery* const* queries,
+                              int16_t* const* scores, int64_t at) {
+  const int zero = nibble_zero * pieces * 8;
 #if defined(__AVX512BW__)
-  constexpr int groups = 4;  // of 16 keys: the sums of a piece are loaded once for all of them
   const __m512i low = _mm512_set1_epi8(15), place = _mm512_set1_epi32(0x30201000);
   const __m128i down = _mm_cvtsi32_si128(shift);
-  for (int64_t i = begin; i < end; i += 16 * groups) {
-    const uint32_t* group = signs + i * pieces;
-    prefetch((const char*)(group + 1024), 64 * groups * pieces);
-    __m512i acc[groups][R];
+  __m512i acc[sign_groups][R];
 #pragma GCC unroll 4
-    for (int u = 0; u < groups; ++u)
+  for (int u = 0; u < sign_groups; ++u)
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) acc[u][r] = _mm512_set1_epi32(-zero);
-    for (int p = 0; p < pieces; ++p) {
+    for (int r = 0; r < R; ++r) acc[u][r] = _mm512_set1_epi32(-zero);
+  for (int p = 0; p < pieces; ++p) {
 #pragma GCC unroll 4
-      for (int u = 0; u < groups; ++u) {
-        const __m512i x = _mm512_loadu_si512(group + (u * pieces + p) * 16);
-        const __m512i first = _mm512_and_si512(x, low), second = _mm512_and_si512(_mm512_srli_epi32(x, 4), low);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          acc[u][r] = add_bytes(acc[u][r], look_up_nibbles(first, place, queries[r]->sums[p][0]));
-          acc[u][r] = add_bytes(acc[u][r], look_up_nibbles(second, place, queries[r]->sums[p][1]));
-        }
-      }
-    }
-#pragma GCC unroll 4
-    for (int u = 0; u < groups; ++u) {
-      const __m512i factor = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(factors + i + 16 * u)));
+    for (int u = 0; u < sign_groups; ++u) {
+      const __m512i x = _mm512_loadu_si512(from.signs[u] + p * 16);
+      const __m512i first = _mm512_and_si512(x, low), second = _mm512_and_si512(_mm512_srli_epi32(x, 4), low);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const __m512i score = _mm512_sra_epi32(_mm512_mullo_epi32(acc[u][r], factor), down);
-        _mm256_storeu_si256((__m256i*)(scores[r] + i + 16 * u), _mm512_cvtepi32_epi16(score));
+        acc[u][r] = add_bytes(acc[u][r], look_up_nibbles(first, place, queries[r]->sums[p][0]));
+        acc[u][r] = add_bytes(acc[u][r], look_up_nibbles(second, place, queries[r]->sums[p][1]));
       }
     }
   }
+#pragma GCC unroll 4
+  for (int u = 0; u < sign_groups; ++u) {
+    const __m512i factor = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from.factors[u]));
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const __m512i score = _mm512_sra_epi32(_mm512_mullo_epi32(acc[u][r], factor), down);
+      _mm256_storeu_si256((__m256i*)(scores[r] + at + 16 * u), _mm512_cvtepi32_epi16(score));
+    }
+  }
 #else
-  for (int64_t i = begin; i < end; ++i) {
-    const uint32_t* group = signs + i / 16 * 16 * pieces + i % 16;
+  for (int i = 0; i < 16 * sign_groups; ++i) {
+    const uint32_t* signs = from.signs[i / 16] + i % 16;
     int32_t sum[R];
     for (int r = 0; r < R; ++r) sum[r] = -zero;
     for (int p = 0; p < pieces; ++p)
       for (int j = 0; j < 4; ++j) {
-        const uint32_t byte = group[p * 16] >> (8 * j) & 255;
+        const uint32_t byte = signs[p * 16] >> (8 * j) & 255;
         for (int r = 0; r < R; ++r) sum[r] += queries[r]->sums[p][0][j][byte & 15] + queries[r]->sums[p][1][j][byte >> 4];
       }
-    for (int r = 0; r < R; ++r) scores[r][i] = int16_t((sum[r] * int32_t(factors[i])) >> shift);
+    for (int r = 0; r < R; ++r) scores[r][at + i] = int16_t((sum[r] * int32_t(from.factors[i / 16][i % 16])) >> shift);
   }
 #endif
 }
 
-inline void scan_signs_item(const Attention& args, const SparseItem& item, const Sparse& sparse) {
-  const Method& m = *sparse.method;
+template <int R>
+void scan_block(const Attention& args, const SparseItem& item, const Sparse& sparse, const SignQuery* const* queries,
+                int16_t* const* scores) {
   const Block& b = sparse.blocks[item.part];
-  const int64_t plane = plane_of(args, sparse, item.head), n = b.end - b.begin, group = args.q_heads / args.kv_heads;
-  const uint32_t* signs = b.signs + plane * n * (m.planes / 32);
+  const int pieces = sparse.method->planes / 32, shift = sign_shift(sparse.method->planes);
+  const int64_t n = b.end - b.begin, plane = plane_of(args, sparse, item.head);
+  const uint32_t* signs = b.signs + plane * n * pieces;
   const uint8_t* factors = b.factors + plane * n;
-  for (int64_t g = 0; g < group; g += 4) {
-    const SignQuery* queries[4];
-    int16_t* scores[4];
-    const int rows = int(group - g < 4 ? group - g : 4);
-    for (int r = 0; r < rows; ++r) {
-      const int64_t head = item.head * group + g + r;
-      queries[r] = (const SignQuery*)(sparse.queries + head * ranking_query_bytes);
-      scores[r] = (int16_t*)(sparse.scores + head * padded_ranks(sparse.ranked) * 4) + (b.begin - sparse.begin);
+  for (int64_t i = item.begin; i < item.end; i += 16 * sign_groups) {
+    SignGroups from;
+    for (int u = 0; u < sign_groups; ++u) {
+      from.signs[u] = signs + (i + 16 * u) * pieces;
+      from.factors[u] = factors + i + 16 * u;
     }
-    switch (rows) {
-      case 1: scan_signs<1>(m.planes, signs, factors, item.begin, item.end, queries, scores); break;
-      case 2: scan_signs<2>(m.planes, signs, factors, item.begin, item.end, queries, scores); break;
-      case 3: scan_signs<3>(m.planes, signs, factors, item.begin, item.end, queries, scores); break;
-      default: scan_signs<4>(m.planes, signs, factors, item.begin, item.end, queries, scores);
+    prefetch((const char*)(from.signs[0] + 1024), 64 * sign_groups * pieces);
+    scan_signs<R>(pieces, shift, from, queries, scores, b.begin - sparse.begin + i);
+  }
+}
+
+// Piece item.begin of item.end pieces of what was probed. Scores follow each other in the order of `probed`.
+template <int R>
+void scan_probed(const Attention& args, const SparseItem& item, const Sparse& sparse, const SignQuery* const* queries,
+                 int16_t* const* scores) {
+  const int pieces = sparse.method->planes / 32, shift = sign_shift(sparse.method->planes);
+  const int64_t plane = plane_of(args, sparse, item.head);
+  const int32_t* probed = probed_of(sparse, item.head);
+  const int64_t count = *probed++, steps = (count + sign_groups - 1) / sign_groups;
+  const Block* b = sparse.blocks;
+  for (int64_t step = steps * item.begin / item.end; step < steps * (item.begin + 1) / item.end; ++step) {
+    SignGroups from;
+    for (int u = 0; u < sign_groups; ++u) {
+      const int64_t i = step * sign_groups + u, x = int64_t(probed[i < count ? i : count - 1]) * 16;
+      while (x >= b->end - sparse.begin) ++b;
+      const int64_t n = b->end - b->begin, at = plane * n + x - (b->begin - sparse.begin);
+      from.signs[u] = b->signs + at * pieces;
+      from.factors[u] = b->factors + at;
+      prefetch((const char*)(from.signs[u] + 64 * pieces), 64 * pieces);
+    }
+    scan_signs<R>(pieces, shift, from, queries, scores, step * 16 * sign_groups);
+  }
+}
+
+template <int R>
+void scan_heads(const Attention& args, const SparseItem& item, const Sparse& sparse, int64_t first) {
+  const SignQuery* queries[R];
+  int16_t* scores[R];
+  for (int r = 0; r < R; ++r) {
+    queries[r] = (const SignQuery*)(sparse.queries + (first + r) * ranking_query_bytes);
+    scores[r] = (int16_t*)(sparse.scores + (first + r) * padded_ranks(sparse.ranked) * 4);
+  }
+  if (sparse.probe)
+    scan_probed<R>(args, item, sparse, queries, scores);
+  else
+    scan_block<R>(args, item, sparse, queries, scores);
+}
+
+inline void scan_signs_item(const Attention& args, const SparseItem& item, const Sparse& sparse) {
+  const int64_t group = args.q_heads / args.kv_heads;
+  for (int64_t g = 0; g < group; g += 4) {
+    const int64_t first = item.head * group + g;
+    switch (group - g) {
+      case 1: scan_heads<1>(args, item, sparse, first); break;
+      case 2: scan_heads<2>(args, item, sparse, first); break;
+      case 3: scan_heads<3>(args, item, sparse, first); break;
+      default: scan_heads<4>(args, item, sparse, first);
     }
   }
 }

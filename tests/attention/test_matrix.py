@@ -16,8 +16,10 @@ from thresher.kernels.attention import AttentionPlan, Heads, SparseReading
 
 METHOD_TEXTS = [
     "dense",
-    "auto:budget=40,window=32,tail=8",
-    "auto:budget=40,tail=0,union=0",
+    "auto:budget=40,window=32,tail=8,probe=0",
+    "auto:budget=40,tail=0,probe=0,union=0",
+    "auto:budget=20,tail=8,probe=0.3",
+    "auto:budget=9,tail=32,probe=0.1,bits=32",
     "lsh:K=4,L=20",
     "lsh:K=2,L=9,sinks=0,window=1",
     "sign:budget=40",

@@ -15,6 +15,8 @@ class TopK(BudgetMethod):
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.05333"
     rank: ClassVar[Rank] = Rank.KEYS
 
+    dense_below: int = 0  # it never wins: no length to wait for
+
     @property
     def indexed(self) -> bool:
         return self.tail > 0
