@@ -16,7 +16,7 @@ struct Scratch {
   float *max, *sum; // fold: [rows]
   float* partial;   // [tile_rows, padded head_dim]
   uint8_t* hits;         // [candidates of a block]: tables
-  void* values_left;     // [ranked] of 32 bits: what may be among the best
+  void* values_left;     // [ranked] of 64 bits: what may be among the best
   uint64_t* unit_marks;  // [ranked / 64]
   int32_t* left;         // [clusters]: rows that are not read
   float* slack;          // [tile_rows, split]: 1 - inclusion probability
@@ -302,8 +302,8 @@ void append_token(const Attention& args, const Sequence& seq, int64_t t) {
 
 constexpr float log2_e = 1.4426950408889634f;
 
+#include "largest.h"
 #include "prepare.h"
-#include "probe.h"
 #include "scan.h"
 #include "choose.h"
 #include "gather.h"
@@ -335,9 +335,10 @@ void run_step(const Attention& args, const SparseItem& item, Scratch& s) {
   while (item.count && __atomic_load_n(done + int(item.after), __ATOMIC_ACQUIRE) < item.count) relax();
   switch (item.step) {
     case Step::prepare: prepare_item<E>(args, item, s); break;
-    case Step::probe: probe_item<E>(args, item, s); break;
+    case Step::sample: sample_item(args, item, s); break;
     case Step::scan: scan_item<E>(args, item, s); break;
     case Step::choose: choose_item(args, item, s); break;
+    case Step::list: list_item(args, item); break;
     case Step::gather: gather_item<E, D>(args, item, s); break;
   }
   __atomic_fetch_add(done + int(item.step), 1, __ATOMIC_RELEASE);
@@ -388,7 +389,7 @@ inline int64_t carve(const Attention& args, char* memory, Scratch& s) {
   c.take(s.partial, tile_rows * wide * 4);
   if (!sparse) return c.bytes;
   c.take(s.hits, block + 64);
-  c.take(s.values_left, (padded_ranks(ranked) + clusters + 64) * 4);
+  c.take(s.values_left, (padded_ranks(ranked) + clusters + 64) * 8);
   c.take(s.unit_marks, padded_ranks(ranked) / 8 + 64);
   c.take(s.left, clusters * 4);
   c.take(s.slack, tile_rows * split * 4);

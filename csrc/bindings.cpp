@@ -79,12 +79,12 @@ void bind_plan(nb::module_& m) {
           "add",
           [](Plan& self, int64_t queries, int64_t past, int64_t window, int64_t sinks,
              const std::vector<std::tuple<uintptr_t, int64_t, int64_t, int64_t>>& runs, Index* index, int64_t end,
-             int64_t budget, int64_t probe) {
+             int64_t budget) {
             std::vector<Run> list;
             for (const auto& [base, capacity, start, last] : runs) list.push_back({at<char>(base), capacity, start, last});
-            self.add(queries, past, window, sinks, std::move(list), index, end, budget, probe);
+            self.add(queries, past, window, sinks, std::move(list), index, end, budget);
           },
-          "queries"_a, "past"_a, "window"_a, "sinks"_a, "runs"_a, "index"_a.none(), "end"_a, "budget"_a, "probe"_a)
+          "queries"_a, "past"_a, "window"_a, "sinks"_a, "runs"_a, "index"_a.none(), "end"_a, "budget"_a)
       .def("rows_read", &Plan::rows_read)
       .def("capture",
            [](Plan& self, uintptr_t queries, uintptr_t outputs, uintptr_t dense) {
@@ -160,7 +160,6 @@ Block block_of(int64_t begin, int64_t end, const nb::dict& from) {
   take(from, "clusters", b.clusters);
   take_address(from, "signs", b.signs);
   take_address(from, "factors", b.factors);
-  take_address(from, "order", b.order);
   take_address(from, "rows", b.rows);
   take_address(from, "codes", b.codes);
   take_address(from, "heads", b.heads);

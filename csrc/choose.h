@@ -1,134 +1,6 @@
-// The third step: the best candidates of each query head are marked in its bitmap. Included inside the namespace of one
+// The third step: the best candidates of each query head are marked in its bitmap, and those of a group listed. Included inside the namespace of one
 // instruction set.
 #pragma once
-
-template <class T>
-struct Lanes;
-template <>
-struct Lanes<int16_t> {
-  typedef int16_t V __attribute__((vector_size(64)));
-};
-template <>
-struct Lanes<int32_t> {
-  typedef int32_t V __attribute__((vector_size(64)));
-};
-
-// How many of n (a multiple of 64) are >= t.
-template <class T>
-int64_t count_from(const T* x, int64_t n, T t) {
-  typedef typename Lanes<T>::V V;
-  constexpr int lanes = 64 / sizeof(T);
-  V count = {};
-  const V limit = t - V{};
-  for (int64_t i = 0; i < n; i += lanes) count -= (V)(load<V>(x + i) >= limit);
-  int64_t total = 0;
-  for (int j = 0; j < lanes; ++j) total += count[j];
-  return total;
-}
-
-// Bit i: x[i] >= t, of 64. Masks are joined as masks: GCC 12 may spill a 32-bit one and read it back as 64 bits when it is
-// widened instead, and then the upper half is whatever lay there.
-inline uint64_t mask_from(const int16_t* x, int16_t t) {
-#if defined(__AVX512BW__)
-  const __m512i limit = _mm512_set1_epi16(t);
-  return _mm512_kunpackd(_mm512_cmpge_epi16_mask(_mm512_loadu_si512(x + 32), limit),
-                         _mm512_cmpge_epi16_mask(_mm512_loadu_si512(x), limit));
-#else
-  uint64_t bits = 0;
-  for (int i = 0; i < 64; ++i) bits |= uint64_t(x[i] >= t) << i;
-  return bits;
-#endif
-}
-inline uint64_t mask_from(const int32_t* x, int32_t t) {
-#if defined(__AVX512BW__)
-  const __m512i limit = _mm512_set1_epi32(t);
-  auto reached = [&](int at) { return _mm512_cmpge_epi32_mask(_mm512_loadu_si512(x + at), limit); };
-  return _mm512_kunpackd(_mm512_kunpackw(reached(48), reached(32)), _mm512_kunpackw(reached(16), reached(0)));
-#else
-  uint64_t bits = 0;
-  for (int i = 0; i < 64; ++i) bits |= uint64_t(x[i] >= t) << i;
-  return bits;
-#endif
-}
-
-template <class T>
-constexpr T lowest() {
-  return T(int64_t(1) << (8 * sizeof(T) - 1));
-}
-
-// The largest t that at least k of n values reach; n a multiple of 64.
-template <class T>
-T threshold(const T* x, int64_t n, int64_t k) {
-  typedef typename Lanes<T>::V V;
-  constexpr int lanes = 64 / sizeof(T);
-  V least = load<V>(x), most = least;
-  for (int64_t i = lanes; i < n; i += lanes) {
-    const V v = load<V>(x + i);
-    least = v < least ? v : least;
-    most = v > most ? v : most;
-  }
-  int64_t low = least[0], high = most[0];
-  for (int j = 1; j < lanes; ++j) {
-    low = least[j] < low ? least[j] : low;
-    high = most[j] > high ? most[j] : high;
-  }
-  while (low < high) {
-    const int64_t middle = low + (high - low + 1) / 2;
-    if (count_from(x, n, T(middle)) >= k)
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  return T(low);
-}
-
-// Values >= t, compacted and padded to a multiple of 64 with the lowest; returns how many there are.
-template <class T>
-int64_t compact(const T* x, int64_t n, T t, T* out) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; i += 64)
-    for (uint64_t bits = mask_from(x + i, t); bits; bits &= bits - 1) out[count++] = x[i + __builtin_ctzll(bits)];
-  for (int64_t i = count; i < (count + 63) / 64 * 64; ++i) out[i] = lowest<T>();
-  return count;
-}
-
-// Marks the k largest of n values; among equals the first. A sample finds a bound that leaves few to look at closely.
-template <class T>
-void mark_top(T* x, int64_t n, int64_t k, uint64_t* marks, T* buffer) {
-  const int64_t padded_n = (n + 63) / 64 * 64;
-  for (int64_t i = n; i < padded_n; ++i) x[i] = lowest<T>();
-  if (k >= n || k <= 0) {
-    for (int64_t w = 0; w < padded_n / 64; ++w) marks[w] = k <= 0 ? 0 : ~uint64_t(0);
-    if (k > 0 && n % 64) marks[n / 64] = (uint64_t(1) << (n % 64)) - 1;
-    return;
-  }
-  T bound = lowest<T>();
-  constexpr int64_t stride = 16 * 64;
-  if (n >= 4 * stride) {
-    int64_t sampled = 0;
-    for (int64_t i = 0; i + 64 <= n; i += stride, sampled += 64) __builtin_memcpy(buffer + sampled, x + i, 64 * sizeof(T));
-    const double expected = double(k) * double(sampled) / double(n);
-    const int64_t rank = int64_t(expected + 3 * __builtin_sqrt(expected) + 4);
-    if (rank < sampled) bound = threshold(buffer, sampled, rank);
-  }
-  int64_t count = compact(x, padded_n, bound, buffer);
-  if (count < k) count = compact(x, padded_n, lowest<T>(), buffer);
-  const T least = threshold(buffer, (count + 63) / 64 * 64, k);
-  const int64_t reaching = count_from(buffer, (count + 63) / 64 * 64, least);
-  int64_t surplus = reaching - k;  // equals that are not wanted: the last ones
-  for (int64_t w = padded_n / 64 - 1; w >= 0; --w) {
-    uint64_t bits = mask_from(x + w * 64, least);
-    if (surplus > 0) {
-      uint64_t equal = least == T(~lowest<T>()) ? bits : bits & ~mask_from(x + w * 64, T(least + 1));
-      for (; surplus > 0 && equal; --surplus) {
-        const uint64_t last = uint64_t(1) << (63 - __builtin_clzll(equal));
-        bits &= ~last;
-        equal &= ~last;
-      }
-    }
-    marks[w] = bits;
-  }
-}
 
 // The best clusters until they hold `budget` tokens, at least one.
 inline void choose_clusters(const Attention& args, const Sparse& sparse, int64_t kv_head, const int32_t* scores, uint8_t* wanted,
@@ -229,20 +101,40 @@ inline void spread(const uint64_t* units, int64_t count, int unit, uint64_t* cho
   }
 }
 
-// The best of what was probed, marked where the tokens lie.
-inline void choose_probed(const Attention& args, const Sparse& sparse, int64_t kv_head, int16_t* scores, Scratch& s, uint64_t* chosen) {
-  const int32_t* probed = probed_of(sparse, kv_head);
-  const int64_t count = *probed++, plane = plane_of(args, sparse, kv_head);
-  mark_top(scores, count * 16, sparse.budget, s.unit_marks, (int16_t*)s.values_left);
-  __builtin_memset(chosen, 0, size_t(8 * words(sparse.end - sparse.begin)));
-  const Block* b = sparse.blocks;
-  for (int64_t w = 0; w < words(count * 16); ++w)
-    for (uint64_t bits = s.unit_marks[w]; bits; bits &= bits - 1) {
-      const int64_t slot = w * 64 + __builtin_ctzll(bits), x = int64_t(probed[slot / 16]) * 16 + slot % 16;
-      while (x >= b->end - sparse.begin) ++b;
-      const int64_t begin = b->begin - sparse.begin, token = begin + b->order[plane * (b->end - b->begin) + x - begin];
-      chosen[token / 64] |= uint64_t(1) << (token % 64);
+// The best of what reached the bound; among equals the first.
+inline void choose_signs(const Attention& args, const Sparse& sparse, int64_t head, Scratch& s, uint64_t* chosen) {
+  const int64_t n = sparse.ranked, k = sparse.budget < n ? sparse.budget : n;
+  int16_t* scores = (int16_t*)s.values_left;
+  auto collect = [&] {
+    int64_t count = 0;
+    for (int64_t at = 0; at < n; at += scan_tokens) {
+      const int32_t* found = found_of(sparse, head, at);
+      for (int32_t i = 0; i < found[0]; ++i) scores[count++] = int16_t(found[16 + i] >> 16);
     }
+    return count;
+  };
+  int64_t count = collect();
+  if (count < k) {  // the sample was not like the rest
+    sign_query(sparse, head)->bound = lowest<int16_t>();
+    for (int64_t at = 0; at < n; at += scan_tokens) scan_piece<1>(args, sparse, head, at);
+    count = collect();
+  }
+  __builtin_memset(chosen, 0, size_t(8 * words(n)));
+  if (k <= 0) return;
+  const int64_t padded_count = (count + 63) / 64 * 64;
+  for (int64_t i = count; i < padded_count; ++i) scores[i] = lowest<int16_t>();
+  const int16_t least = threshold(scores, padded_count, k);
+  int64_t equals = k - (least == int16_t(~lowest<int16_t>()) ? 0 : count_from(scores, padded_count, int16_t(least + 1)));
+  for (int64_t at = 0; at < n; at += scan_tokens) {
+    const int32_t* found = found_of(sparse, head, at);
+    for (int32_t i = 0; i < found[0]; ++i) {  // without branches that could be guessed wrong
+      const int32_t entry = found[16 + i], score = entry >> 16;
+      const bool equal = score == least, taken = bool(int(score > least) | (int(equal) & int(equals > 0)));
+      const int64_t c = at + (entry & 0xffff);
+      equals -= equal;
+      chosen[c / 64] |= uint64_t(taken) << (c % 64);
+    }
+  }
 }
 
 inline void choose_item(const Attention& args, const SparseItem& item, Scratch& s) {
@@ -253,10 +145,8 @@ inline void choose_item(const Attention& args, const SparseItem& item, Scratch& 
   uint64_t* chosen = sparse.chosen + item.head * words(n);
   int32_t* scores = (int32_t*)(sparse.scores + item.head * ranks * 4);
   const int64_t kv_head = m.shared ? item.head : item.head / (args.q_heads / args.kv_heads);
-  if (sparse.probe) {
-    choose_probed(args, sparse, kv_head, (int16_t*)scores, s, chosen);
-  } else if (m.rank == Rank::signs) {
-    mark_top((int16_t*)scores, n, sparse.budget, chosen, (int16_t*)s.values_left);
+  if (m.rank == Rank::signs) {
+    choose_signs(args, sparse, item.head, s, chosen);
   } else if (m.rank == Rank::clusters) {
     choose_clusters(args, sparse, kv_head, scores, (uint8_t*)s.values_left, chosen);
   } else if (m.take == Take::draw) {
@@ -269,4 +159,30 @@ inline void choose_item(const Attention& args, const SparseItem& item, Scratch& 
     mark_top(scores, sparse.ranked, (sparse.budget + m.unit - 1) / m.unit, units, (int32_t*)s.values_left);
     spread(units, sparse.ranked, m.unit, chosen);
   }
+}
+
+inline int32_t* rows_of(const Sparse& sparse, int64_t kv_head) { return sparse.rows + kv_head * (1 + sparse.end - sparse.begin); }
+inline uint32_t* members_of(const Sparse& sparse, int64_t kv_head) { return sparse.members + kv_head * (sparse.end - sparse.begin); }
+
+// What any query head of a KV head has chosen, in order, and which of them have.
+inline void list_item(const Attention& args, const SparseItem& item) {
+  const Sparse& sparse = *args.sequences[item.sequence].sparse;
+  const Method& m = *sparse.method;
+  const int64_t n_words = words(sparse.end - sparse.begin), heads = m.shared ? 1 : args.q_heads / args.kv_heads;
+  const uint64_t* chosen = sparse.chosen + item.head * heads * n_words;
+  int32_t* rows = rows_of(sparse, item.head);
+  uint32_t* members = members_of(sparse, item.head);
+  int32_t count = 0;
+  for (int64_t w = 0; w < n_words; ++w) {
+    uint64_t any = 0;
+    for (int64_t h = 0; h < heads; ++h) any |= chosen[h * n_words + w];
+    for (; any; any &= any - 1, ++count) {
+      const int bit = __builtin_ctzll(any);
+      rows[1 + count] = int32_t(w * 64 + bit);
+      if (!m.own || m.shared) continue;
+      members[count] = 0;
+      for (int64_t h = 0; h < heads; ++h) members[count] |= uint32_t(chosen[h * n_words + w] >> bit & 1) << h;
+    }
+  }
+  rows[0] = count;
 }

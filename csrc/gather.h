@@ -80,44 +80,29 @@ struct Gather {
 
   void add(int64_t position, int64_t which, uint32_t who) {
     row_addresses(position, s.key_rows[waiting], s.value_rows[waiting]);
+    prefetch(s.key_rows[waiting], dim * int64_t(sizeof(Value)));
+    prefetch(s.value_rows[waiting], dim * int64_t(sizeof(Value)));
     candidate[waiting] = int32_t(which);
     members[waiting] = who;
     if (++waiting == split) flush();
   }
 
-  // Runs over all chosen rows in order of position; chunk c of `split` rows goes to piece c % pieces, a power of two.
+  // Runs over the rows that are read, in order of position; chunk c of `split` rows goes to piece c % pieces.
   void add_all(int part, int pieces) {
-    const int64_t n = sparse.end - sparse.begin, total = seq.past + seq.queries, n_words = words(n);
-    const int64_t first = m.shared ? kv_head : kv_head * group, heads = m.shared ? 1 : group;
-    int64_t index = 0;
-    auto piece_of = [&](int64_t i) { return int(i / split & (pieces - 1)); };
-    auto add_static = [&](int64_t begin, int64_t end) {
-      for (int64_t x = begin; x < end; ++x, ++index)
-        if (piece_of(index) == part) add(x, -1, ~uint32_t(0));
-    };
-    add_static(0, sparse.begin);
-    const uint64_t* chosen = sparse.chosen + first * n_words;
-    for (int64_t w = 0; w < n_words; ++w) {
-      uint64_t any = 0;
-      for (int64_t h = 0; h < heads; ++h) any |= chosen[h * n_words + w];
-      const int count = __builtin_popcountll(any);
-      if (!count) continue;
-      if (piece_of(index) != part && piece_of(index + count - 1) != part) {
-        index += count;
-        continue;
+    const int32_t* rows = rows_of(sparse, kv_head);
+    const uint32_t* members = members_of(sparse, kv_head);
+    const int64_t listed = *rows++, total = sparse.begin + listed + seq.past + seq.queries - sparse.end;
+    const bool all = !m.own || m.shared;
+    for (int64_t chunk = int64_t(part) * split; chunk < total; chunk += int64_t(pieces) * split)
+      for (int64_t i = chunk; i < total && i < chunk + split; ++i) {
+        const int64_t at = i - sparse.begin;
+        if (at < 0)
+          add(i, -1, ~uint32_t(0));
+        else if (at < listed)
+          add(sparse.begin + rows[at], rows[at], all ? ~uint32_t(0) : members[at]);
+        else
+          add(sparse.end + at - listed, -1, ~uint32_t(0));
       }
-      for (; any; any &= any - 1) {
-        const int bit = __builtin_ctzll(any);
-        if (piece_of(index++) != part) continue;
-        uint32_t who = ~uint32_t(0);
-        if (m.own && !m.shared) {
-          who = 0;
-          for (int64_t h = 0; h < heads; ++h) who |= uint32_t(chosen[h * n_words + w] >> bit & 1) << h;
-        }
-        add(sparse.begin + w * 64 + bit, w * 64 + bit, who);
-      }
-    }
-    add_static(sparse.end, total);
     flush();
   }
 
@@ -333,14 +318,16 @@ struct Gather {
   void tail() {
     const int64_t plane = plane_of(args, sparse, kv_head), both = 2 * dim;
     weighing = Weighing::centroids;
+    const int32_t* rows = rows_of(sparse, kv_head);
+    const int32_t* end = rows + 1 + *rows;
+    ++rows;
     for (int i = 0; i < sparse.block_count; ++i) {
       const Block& b = sparse.blocks[i];
-      const int64_t n = b.end - b.begin, first_word = (b.begin - sparse.begin) / 64;
+      const int64_t n = b.end - b.begin, first = b.begin - sparse.begin;
       const Value* means = (const Value*)b.means + plane * b.clusters * both;
       const uint16_t* assigned = b.assigned + plane * n;
       __builtin_memcpy(s.left, b.counts + plane * b.clusters, size_t(b.clusters) * sizeof(int32_t));
-      for (int64_t w = 0; w < n / 64; ++w)
-        for (uint64_t bits = read_any(first_word + w); bits; bits &= bits - 1) --s.left[assigned[w * 64 + __builtin_ctzll(bits)]];
+      for (; rows < end && *rows < first + n; ++rows) --s.left[assigned[*rows - first]];
       for (int64_t c = 0; c < b.clusters; ++c) {
         if (s.left[c] <= 0) continue;
         s.key_rows[waiting] = (const char*)(means + c * both);

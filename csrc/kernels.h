@@ -86,7 +86,6 @@ struct Block {
   int64_t units;             // ranked rows
   const uint32_t* signs;     // [n / 16, bits / 32, 16]
   const uint8_t* factors;    // [n]: what a sum of signs is multiplied by
-  const uint16_t* order;     // [n]: the tokens in the order of their clusters, which signs and factors have then; or null
   const void* rows;          // [units, row_dim]
   const uint16_t* codes;     // [tables, n]: small blocks
   const uint32_t* heads;     // [tables, 2^K + 1]: where buckets begin in ids
@@ -113,22 +112,26 @@ struct Sparse {  // one sequence in one pass
   int64_t begin, end;     // candidates, absolute positions
   int64_t ranked;         // ranked rows of all blocks
   int64_t budget;         // tokens (draws) of a query head
-  int64_t probe;          // signs in order of clusters: candidates of which a KV head looks at the signs; 0: all
-  // Working memory, for each query head: scores [ranked], bits [candidates / 64], a query for ranking.
+  // Working memory, for each query head: scores [ranked], what of them may be among the best (signs), bits [candidates / 64], a
+  // query for ranking.
   char* scores;
+  int32_t* found;    // [pieces of scan_tokens, found_stride]
   uint64_t* chosen;
+  int32_t* rows;     // [kv_heads, 1 + candidates]: how many candidates are read, and which
+  uint32_t* members; // [kv_heads, candidates]: bit g: query head g of the group has chosen it
   char* queries;
-  int32_t* probed;  // [kv_heads, 1 + ranked / 16]: how many groups of 16 candidates are looked at, and which
-  int32_t* done;    // [kv_heads, step_kinds]: steps of each kind that are finished in this layer
+  int32_t* done;     // [kv_heads, step_kinds]: steps of each kind that are finished in this layer
   Counters* counters;
 };
 
 constexpr int64_t ranking_query_bytes = 4096;  // of one query head
+constexpr int scan_tokens = 4096;               // signs that are scanned in one step
+constexpr int found_stride = scan_tokens + 32;  // their number, 15 unused, the entries, and room to write 16 at once
 constexpr int most_group = 32;                 // query heads of a KV head
 constexpr int gather_parts = 4;                // pieces that a KV head's gathered rows are dealt out to
 
-enum class Step : int32_t { prepare = 0, probe = 1, scan = 2, choose = 3, gather = 4 };
-constexpr int step_kinds = 5;
+enum class Step : int32_t { prepare = 0, sample = 1, scan = 2, choose = 3, list = 4, gather = 5 };
+constexpr int step_kinds = 6;
 
 // One step of one sparse sequence. Steps are handed out in order, so those that a step waits for are never behind it.
 struct SparseItem {
@@ -138,7 +141,7 @@ struct SparseItem {
   Step after;              // waits until `count` steps of this kind are done for its KV head
   int32_t count;
   int32_t part;            // scan: block; gather: piece, gather_parts: the tail
-  int64_t begin, end;      // scan: ranked rows of the block; of what was probed: piece, of so many
+  int64_t begin, end;      // scan: ranked rows of the block; of signs: candidates
 };
 
 struct Sequence {

@@ -47,7 +47,7 @@ Plan::Plan(const Kernels* kernels, Workspace* workspace, Type type, int q_heads,
 }
 
 void Plan::add(int64_t queries, int64_t past, int64_t window, int64_t sinks, std::vector<Run> runs, Index* index,
-               int64_t end, int64_t budget, int64_t probe) {
+               int64_t end, int64_t budget) {
   int64_t at = 0;
   for (const Run& run : runs) {
     if (run.start != at || run.end < run.start || run.end - run.start > run.capacity || !run.base)
@@ -63,11 +63,9 @@ void Plan::add(int64_t queries, int64_t past, int64_t window, int64_t sinks, std
     for (const Block& b : blocks) {
       if (b.begin != reached || b.end <= b.begin || (b.end - b.begin) % group_tokens)
         throw std::invalid_argument("Plan.add: blocks must follow each other in whole groups");
-      if ((b.order != nullptr) != (probe > 0) || (b.order && (index->method.rank != Rank::signs || !b.means || !b.counts)))
-        throw std::invalid_argument("Plan.add: signs are probed if and only if they lie in the order of clusters");
       reached = b.end;
     }
-    if (queries != 1 || end < index->begin || end > past || budget < 0 || probe < 0 || (!blocks.empty() && reached != end) ||
+    if (queries != 1 || end < index->begin || end > past || budget < 0 || (!blocks.empty() && reached != end) ||
         (blocks.empty() && index->method.rank != Rank::keys && end != index->begin))
       throw std::invalid_argument("Plan.add: an index is for one new token, its candidates lie before it");
   }
@@ -94,7 +92,6 @@ void Plan::add(int64_t queries, int64_t past, int64_t window, int64_t sinks, std
   sparse.begin = index->begin;
   sparse.end = end;
   sparse.budget = budget;
-  sparse.probe = probe;
   sparse.counters = &index->counters;
   if (index->method.rank == Rank::keys || index->method.rank == Rank::signs) sparse.ranked = end - index->begin;
   for (const Block& b : index->blocks) {
@@ -118,38 +115,39 @@ void Plan::add_sparse(Work& work, size_t sequence) {
   const int32_t choosing = m.shared ? 1 : group;  // choosers of a KV head
   const int32_t preparing = m.rank == Rank::fixed ? choosing : group;
   const bool ranked = m.rank == Rank::keys || m.rank == Rank::signs || m.rank == Rank::rows || m.rank == Rank::clusters;
-  constexpr int64_t piece = 4096;
-  std::vector<std::pair<int32_t, int64_t>> scans;  // block, first row
+  const bool signs = m.rank == Rank::signs;
+  struct Scan {
+    int32_t block;
+    int64_t begin, end;
+  };
+  std::vector<Scan> scans;
   auto scan = [&](int32_t block, int64_t rows) {
-    for (int64_t at = 0; at < rows; at += piece) scans.push_back({block, at});
+    for (int64_t at = 0; at < rows; at += scan_tokens) scans.push_back({block, at, std::min(at + scan_tokens, rows)});
   };
-  auto rows_of = [&](int32_t b) {
-    if (m.rank == Rank::keys) return sparse.ranked;
-    const Block& block = sparse.blocks[b];
-    return m.rank == Rank::signs ? block.end - block.begin : block.units;
-  };
-  const int64_t probed = sparse.probe ? (std::min(sparse.probe, sparse.ranked) + piece - 1) / piece : 0;
-  if (m.rank == Rank::keys) scan(0, rows_of(0));
-  for (int32_t b = 0; ranked && !probed && m.rank != Rank::keys && b < sparse.block_count; ++b) scan(b, rows_of(b));
+  if (m.rank == Rank::keys || signs) {
+    scan(0, sparse.ranked);
+  } else if (ranked) {
+    for (int32_t b = 0; b < sparse.block_count; ++b) scan(b, sparse.blocks[b].units);
+  }
   for (int32_t h = 0; h < shape_.kv_heads; ++h)
     for (int32_t i = 0; i < preparing; ++i)
       work.sparse.push_back({Step::prepare, s, h * preparing + i, h, Step::prepare, 0, 0, 0, 0});
-  for (int32_t h = 0; probed && h < shape_.kv_heads; ++h) {
-    work.sparse.push_back({Step::probe, s, h, h, Step::prepare, preparing, 0, 0, 0});
-    for (int64_t p = 0; p < probed; ++p) work.sparse.push_back({Step::scan, s, h, h, Step::probe, 1, 0, p, probed});
-  }
+  for (int32_t h = 0; signs && h < shape_.kv_heads; ++h)
+    work.sparse.push_back({Step::sample, s, h, h, Step::prepare, preparing, 0, 0, 0});
   for (int32_t h = 0; ranked && h < shape_.kv_heads; ++h)
-    for (const auto& [block, at] : scans)
-      work.sparse.push_back({Step::scan, s, h, h, Step::prepare, preparing, block, at, std::min(at + piece, rows_of(block))});
+    for (const Scan& part : scans)
+      work.sparse.push_back({Step::scan, s, h, h, signs ? Step::sample : Step::prepare, signs ? 1 : preparing, part.block,
+                             part.begin, part.end});
   for (int32_t h = 0; ranked && h < shape_.kv_heads; ++h)
     for (int32_t i = 0; i < choosing; ++i)
-      work.sparse.push_back({Step::choose, s, h * choosing + i, h, Step::scan, int32_t(scans.size() + size_t(probed)), 0, 0, 0});
-  const Step last = ranked ? Step::choose : Step::prepare;
-  const int32_t count = ranked ? choosing : preparing, pieces = m.take == Take::verify ? 1 : gather_parts;
+      work.sparse.push_back({Step::choose, s, h * choosing + i, h, Step::scan, int32_t(scans.size()), 0, 0, 0});
+  for (int32_t h = 0; h < shape_.kv_heads; ++h)
+    work.sparse.push_back({Step::list, s, h, h, ranked ? Step::choose : Step::prepare, ranked ? choosing : preparing, 0, 0, 0});
+  const int32_t pieces = m.take == Take::verify ? 1 : gather_parts;
   for (int32_t p = 0; p < pieces; ++p)
-    for (int32_t h = 0; h < shape_.kv_heads; ++h) work.sparse.push_back({Step::gather, s, h, h, last, count, p, 0, 0});
+    for (int32_t h = 0; h < shape_.kv_heads; ++h) work.sparse.push_back({Step::gather, s, h, h, Step::list, 1, p, 0, 0});
   for (int32_t h = 0; m.tail && h < shape_.kv_heads; ++h)
-    work.sparse.push_back({Step::gather, s, h, h, last, count, gather_parts, 0, 0});
+    work.sparse.push_back({Step::gather, s, h, h, Step::list, 1, gather_parts, 0, 0});
   const int64_t slots = pieces + (m.tail ? 1 : 0);
   work.slots[sequence] = {work.slot_count, slots, slots, 0};
   work.slot_count += slots * shape_.q_heads;
@@ -158,28 +156,28 @@ void Plan::add_sparse(Work& work, size_t sequence) {
 
 // Working memory of all sparse sequences of the pass.
 void Plan::place_sparse() {
-  auto bytes = [&](const Sparse& s, char* at) {
-    const int64_t ranked = (s.ranked + 63) / 64 * 64, n_words = (s.end - s.begin + 63) / 64;
-    const int64_t scores = shape_.q_heads * ranked * 4, chosen = shape_.q_heads * n_words * 8;
-    const int64_t sizes[] = {scores, (chosen + 63) / 64 * 64, shape_.q_heads * ranking_query_bytes,
-                             s.probe ? (shape_.kv_heads * (1 + ranked / 16) * 4 + 63) / 64 * 64 : 0,
-                             (shape_.kv_heads * step_kinds * 4 + 63) / 64 * 64};
-    if (at) {
-      Sparse& to = const_cast<Sparse&>(s);
-      to.scores = at;
-      to.chosen = (uint64_t*)(at + sizes[0]);
-      to.queries = at + sizes[0] + sizes[1];
-      to.probed = (int32_t*)(at + sizes[0] + sizes[1] + sizes[2]);
-      to.done = (int32_t*)(at + sizes[0] + sizes[1] + sizes[2] + sizes[3]);
-    }
-    return sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4];
+  auto place = [&](Sparse& s, char* at) {  // without an address only counts bytes
+    const int64_t n = s.end - s.begin, ranked = (s.ranked + 63) / 64 * 64, start = int64_t(at);
+    auto take = [&](auto*& part, int64_t size) {
+      part = (std::remove_reference_t<decltype(part)>)(at);
+      at += (size + 63) / 64 * 64;
+    };
+    const bool signs = s.method->rank == Rank::signs;
+    take(s.scores, signs ? 0 : shape_.q_heads * ranked * 4);
+    take(s.found, signs ? shape_.q_heads * ((ranked + scan_tokens - 1) / scan_tokens) * found_stride * 4 : 0);
+    take(s.chosen, shape_.q_heads * ((n + 63) / 64) * 8);
+    take(s.queries, shape_.q_heads * ranking_query_bytes);
+    take(s.rows, shape_.kv_heads * (1 + n) * 4);
+    take(s.members, s.method->own ? shape_.kv_heads * n * 4 : 0);
+    take(s.done, shape_.kv_heads * step_kinds * 4);
+    return int64_t(at) - start;
   };
   int64_t total = 64;
-  for (const Sparse& s : sparse_) total += bytes(s, nullptr);
+  for (Sparse& s : sparse_) total += place(s, nullptr);
   std::vector<char>& memory = workspace_->sparse;
   if (int64_t(memory.size()) < total) memory.resize(size_t(total));
   char* at = (char*)((uintptr_t(memory.data()) + 63) / 64 * 64);
-  for (Sparse& s : sparse_) at += bytes(s, at);
+  for (Sparse& s : sparse_) at += place(s, at);
 }
 
 const Plan::Work& Plan::work(int layer, int64_t layer_window) {

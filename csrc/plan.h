@@ -35,10 +35,9 @@ class Plan {
   Plan(const Kernels* kernels, Workspace* workspace, Type type, int q_heads, int kv_heads, int head_dim, int threads);
 
   // `runs` cover [0, past + queries) without holes; the last one takes the new rows. window = 0: dense. With an index,
-  // the layers it covers read its choice of [begin, end), `budget` tokens a query head (of `probe` that are looked at, if not 0), and all
-  // rows before and after.
+  // the layers it covers read its choice of [begin, end), `budget` tokens a query head, and all rows before and after.
   void add(int64_t queries, int64_t past, int64_t window, int64_t sinks, std::vector<Run> runs, Index* index = nullptr,
-           int64_t end = 0, int64_t budget = 0, int64_t probe = 0);
+           int64_t end = 0, int64_t budget = 0);
 
   void attend(Attention args);
 

@@ -119,6 +119,7 @@ constexpr int nibble_zero = 128;  // stands for a sum of 0
 // A piece is 32 directions: the patterns of the low halves of its four bytes, then those of the high halves.
 struct SignQuery {
   uint8_t sums[most_signs / 32][2][4][16];
+  int16_t bound;  // keys that are among the best score as much, most likely
 };
 
 inline void round_query(const float* x, int bits, SignQuery& out) {

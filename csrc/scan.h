@@ -1,5 +1,5 @@
-// The second step: candidates, block by block or those that were probed, are scored for the query heads of their KV head.
-// Included inside the namespace of one instruction set.
+// The second step: candidates are scored for the query heads of their KV head, signs after a sample of them has told what
+// scores matter. Included inside the namespace of one instruction set.
 #pragma once
 
 inline int sign_shift(int bits) {  // so that the largest score fits into 16 bits
@@ -35,16 +35,17 @@ ALWAYS_INLINE __m512i look_up_nibbles(__m512i nibbles, __m512i place, const uint
 #endif
 
 constexpr int sign_groups = 4;  // of 16 keys, scored together: the sums of a piece are loaded once for all of them
+constexpr int sign_keys = 16 * sign_groups;
 
 struct SignGroups {
   const uint32_t* signs[sign_groups];
   const uint8_t* factors[sign_groups];
 };
 
-// Scores of four groups, next to each other at scores[r] + at, for R queries: factor * sum of +-q.
+// Scores of four groups for R queries: factor * sum of +-q.
 template <int R>
 ALWAYS_INLINE void scan_signs(int pieces, int shift, const SignGroups& from, const SignQuery* const* queries,
-                              int16_t* const* scores, int64_t at) {
+                              int16_t (*scores)[sign_keys]) {
   const int zero = nibble_zero * pieces * 8;
 #if defined(__AVX512BW__)
   const __m512i low = _mm512_set1_epi8(15), place = _mm512_set1_epi32(0x30201000);
@@ -72,7 +73,7 @@ ALWAYS_INLINE void scan_signs(int pieces, int shift, const SignGroups& from, con
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const __m512i score = _mm512_sra_epi32(_mm512_mullo_epi32(acc[u][r], factor), down);
-      _mm256_storeu_si256((__m256i*)(scores[r] + at + 16 * u), _mm512_cvtepi32_epi16(score));
+      _mm256_storeu_si256((__m256i*)(scores[r] + 16 * u), _mm512_cvtepi32_epi16(score));
     }
   }
 #else
@@ -85,78 +86,123 @@ ALWAYS_INLINE void scan_signs(int pieces, int shift, const SignGroups& from, con
         const uint32_t byte = signs[p * 16] >> (8 * j) & 255;
         for (int r = 0; r < R; ++r) sum[r] += queries[r]->sums[p][0][j][byte & 15] + queries[r]->sums[p][1][j][byte >> 4];
       }
-    for (int r = 0; r < R; ++r) scores[r][at + i] = int16_t((sum[r] * int32_t(from.factors[i / 16][i % 16])) >> shift);
+    for (int r = 0; r < R; ++r) scores[r][i] = int16_t((sum[r] * int32_t(from.factors[i / 16][i % 16])) >> shift);
   }
 #endif
 }
 
-template <int R>
-void scan_block(const Attention& args, const SparseItem& item, const Sparse& sparse, const SignQuery* const* queries,
-                int16_t* const* scores) {
-  const Block& b = sparse.blocks[item.part];
-  const int pieces = sparse.method->planes / 32, shift = sign_shift(sparse.method->planes);
-  const int64_t n = b.end - b.begin, plane = plane_of(args, sparse, item.head);
-  const uint32_t* signs = b.signs + plane * n * pieces;
-  const uint8_t* factors = b.factors + plane * n;
-  for (int64_t i = item.begin; i < item.end; i += 16 * sign_groups) {
-    SignGroups from;
-    for (int u = 0; u < sign_groups; ++u) {
-      from.signs[u] = signs + (i + 16 * u) * pieces;
-      from.factors[u] = factors + i + 16 * u;
-    }
-    prefetch((const char*)(from.signs[0] + 1024), 64 * sign_groups * pieces);
-    scan_signs<R>(pieces, shift, from, queries, scores, b.begin - sparse.begin + i);
-  }
-}
+// Where the signs of a KV head lie.
+struct Signs {
+  const Sparse& sparse;
+  const int64_t plane;
+  const int pieces, shift;
+  const Block* b;
 
-// Piece item.begin of item.end pieces of what was probed. Scores follow each other in the order of `probed`.
-template <int R>
-void scan_probed(const Attention& args, const SparseItem& item, const Sparse& sparse, const SignQuery* const* queries,
-                 int16_t* const* scores) {
-  const int pieces = sparse.method->planes / 32, shift = sign_shift(sparse.method->planes);
-  const int64_t plane = plane_of(args, sparse, item.head);
-  const int32_t* probed = probed_of(sparse, item.head);
-  const int64_t count = *probed++, steps = (count + sign_groups - 1) / sign_groups;
-  const Block* b = sparse.blocks;
-  for (int64_t step = steps * item.begin / item.end; step < steps * (item.begin + 1) / item.end; ++step) {
+  Signs(const Attention& args, const Sparse& of, int64_t kv_head)
+      : sparse(of), plane(plane_of(args, of, kv_head)), pieces(of.method->planes / 32), shift(sign_shift(of.method->planes)), b(of.blocks) {}
+
+  // Four groups of 16 candidates, `step` apart; each call begins behind the last one.
+  ALWAYS_INLINE SignGroups groups(int64_t candidate, int step) {
     SignGroups from;
     for (int u = 0; u < sign_groups; ++u) {
-      const int64_t i = step * sign_groups + u, x = int64_t(probed[i < count ? i : count - 1]) * 16;
-      while (x >= b->end - sparse.begin) ++b;
-      const int64_t n = b->end - b->begin, at = plane * n + x - (b->begin - sparse.begin);
+      const int64_t x = sparse.begin + candidate + step * u;
+      while (x >= b->end) ++b;
+      const int64_t at = plane * (b->end - b->begin) + x - b->begin;
       from.signs[u] = b->signs + at * pieces;
       from.factors[u] = b->factors + at;
-      prefetch((const char*)(from.signs[u] + 64 * pieces), 64 * pieces);
     }
-    scan_signs<R>(pieces, shift, from, queries, scores, step * 16 * sign_groups);
+    prefetch((const char*)(from.signs[0] + 1024), sign_keys * 4 * pieces);
+    return from;
   }
+};
+
+// The scores of a piece that reach the query head's bound, in order: score << 16 | place in the piece. The first number is how
+// many. Cores hand each other these few, not all scores.
+inline int32_t* found_of(const Sparse& sparse, int64_t head, int64_t candidate) {
+  return sparse.found + (head * ((sparse.ranked + scan_tokens - 1) / scan_tokens) + candidate / scan_tokens) * found_stride;
+}
+inline SignQuery* sign_query(const Sparse& sparse, int64_t head) { return (SignQuery*)(sparse.queries + head * ranking_query_bytes); }
+
+// Adds those of sign_keys scores that are >= bound; returns where the next goes.
+ALWAYS_INLINE int32_t* keep_from(const int16_t* x, int16_t bound, int32_t place, int32_t* to) {
+#if defined(__AVX512BW__)
+  const __m512i least = _mm512_set1_epi32(bound);
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  for (int i = 0; i < sign_keys; i += 16) {
+    const __m512i score = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)(x + i)));
+    const __mmask16 mask = _mm512_cmpge_epi32_mask(score, least);
+    const __m512i entry = _mm512_or_si512(_mm512_slli_epi32(score, 16), _mm512_add_epi32(lanes, _mm512_set1_epi32(place + i)));
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(mask, entry));
+    to += __builtin_popcount(_cvtmask16_u32(mask));
+  }
+#else
+  for (int i = 0; i < sign_keys; ++i)
+    if (x[i] >= bound) *to++ = int32_t(uint32_t(x[i]) << 16 | uint32_t(place + i));
+#endif
+  return to;
 }
 
+// Candidates [begin, begin + scan_tokens), as far as there are any, for R query heads.
 template <int R>
-void scan_heads(const Attention& args, const SparseItem& item, const Sparse& sparse, int64_t first) {
+void scan_piece(const Attention& args, const Sparse& sparse, int64_t first_head, int64_t begin) {
+  Signs signs(args, sparse, first_head / (args.q_heads / args.kv_heads));
+  const int64_t end = begin + scan_tokens < sparse.ranked ? begin + scan_tokens : sparse.ranked;
   const SignQuery* queries[R];
-  int16_t* scores[R];
+  int32_t* to[R];
   for (int r = 0; r < R; ++r) {
-    queries[r] = (const SignQuery*)(sparse.queries + (first + r) * ranking_query_bytes);
-    scores[r] = (int16_t*)(sparse.scores + (first + r) * padded_ranks(sparse.ranked) * 4);
+    queries[r] = sign_query(sparse, first_head + r);
+    to[r] = found_of(sparse, first_head + r, begin) + 16;
   }
-  if (sparse.probe)
-    scan_probed<R>(args, item, sparse, queries, scores);
-  else
-    scan_block<R>(args, item, sparse, queries, scores);
+  alignas(64) int16_t scores[R][sign_keys];
+  for (int64_t x = begin; x < end; x += sign_keys) {
+    scan_signs<R>(signs.pieces, signs.shift, signs.groups(x, 16), queries, scores);
+    for (int r = 0; r < R; ++r) to[r] = keep_from(scores[r], queries[r]->bound, int32_t(x - begin), to[r]);
+  }
+  for (int r = 0; r < R; ++r) {
+    int32_t* found = found_of(sparse, first_head + r, begin);
+    found[0] = int32_t(to[r] - found) - 16;
+  }
 }
 
-inline void scan_signs_item(const Attention& args, const SparseItem& item, const Sparse& sparse) {
-  const int64_t group = args.q_heads / args.kv_heads;
-  for (int64_t g = 0; g < group; g += 4) {
-    const int64_t first = item.head * group + g;
-    switch (group - g) {
-      case 1: scan_heads<1>(args, item, sparse, first); break;
-      case 2: scan_heads<2>(args, item, sparse, first); break;
-      case 3: scan_heads<3>(args, item, sparse, first); break;
-      default: scan_heads<4>(args, item, sparse, first);
-    }
+// Calls f<R>(first query head) for all query heads of a KV head, at most four at a time.
+#define FOR_QUERY_HEADS(f, ...)                                         \
+  for (int64_t g = 0; g < args.q_heads / args.kv_heads; g += 4) {       \
+    const int64_t first = item.head * (args.q_heads / args.kv_heads) + g; \
+    switch (args.q_heads / args.kv_heads - g) {                         \
+      case 1: f<1>(args, sparse, first, __VA_ARGS__); break;            \
+      case 2: f<2>(args, sparse, first, __VA_ARGS__); break;            \
+      case 3: f<3>(args, sparse, first, __VA_ARGS__); break;            \
+      default: f<4>(args, sparse, first, __VA_ARGS__);                  \
+    }                                                                   \
   }
+
+// The bounds of R query heads: a sample of scores tells what leaves few to look at closely.
+template <int R>
+void bound_scores(const Attention& args, const Sparse& sparse, int64_t first_head, int16_t* buffer) {
+  Signs signs(args, sparse, first_head / (args.q_heads / args.kv_heads));
+  const SignQuery* queries[R];
+  for (int r = 0; r < R; ++r) {
+    queries[r] = sign_query(sparse, first_head + r);
+    sign_query(sparse, first_head + r)->bound = lowest<int16_t>();
+  }
+  constexpr int step = 256, stride = sign_groups * step;  // one group of 16 in 16: neighbours are alike
+  if (sparse.ranked < 4 * stride) return;
+  const int64_t room = sparse.ranked / stride * sign_keys;  // of each query head
+  int64_t sampled = 0;
+  alignas(64) int16_t scores[R][sign_keys];
+  for (int64_t x = 0; x + stride <= sparse.ranked; x += stride, sampled += sign_keys) {
+    scan_signs<R>(signs.pieces, signs.shift, signs.groups(x, step), queries, scores);
+    for (int r = 0; r < R; ++r) __builtin_memcpy(buffer + r * room + sampled, scores[r], sizeof scores[r]);
+  }
+  const double expected = double(sparse.budget) * double(sampled) / double(sparse.ranked);
+  const int64_t rank = int64_t(expected + 4 * __builtin_sqrt(expected) + 8);
+  for (int r = 0; r < R && rank < sampled; ++r)
+    sign_query(sparse, first_head + r)->bound = threshold(buffer + r * room, sampled, rank);
+}
+
+inline void sample_item(const Attention& args, const SparseItem& item, Scratch& s) {
+  const Sparse& sparse = *args.sequences[item.sequence].sparse;
+  FOR_QUERY_HEADS(bound_scores, (int16_t*)s.values_left)
 }
 
 // The run that holds position x; `run` is where the last search ended, positions mostly grow.
@@ -216,8 +262,9 @@ void scan_rows_item(const Attention& args, const SparseItem& item, Scratch& s) {
 template <class E>
 void scan_item(const Attention& args, const SparseItem& item, Scratch& s) {
   const Sparse& sparse = *args.sequences[item.sequence].sparse;
-  if (sparse.method->rank == Rank::signs)
-    scan_signs_item(args, item, sparse);
-  else
+  if (sparse.method->rank == Rank::signs) {
+    FOR_QUERY_HEADS(scan_piece, item.begin)
+  } else {
     scan_rows_item<E>(args, item, s);
+  }
 }

@@ -13,7 +13,6 @@ from thresher.attention.reference import (
     reference_centroids,
     reference_collisions,
     reference_log_inclusion,
-    reference_probed,
     reference_sample,
     reference_sample_size,
     reference_scores,
@@ -229,17 +228,10 @@ def check_choice(case, q, keys, weighed, end):
     tolerance = 1e-5 * (1 + float(scores.abs().max()))
     if method.rank == Rank.SIGNS:  # a few sums that lie between two numbers
         tolerance = 2.0 + (4 * 255 >> sign_shift(method.bits))
-    surely = possibly = torch.ones_like(scores, dtype=torch.bool)  # looked at
-    if case.reading.probe:
-        surely, possibly = (
-            reference_probed(index, layer, q, case.scale, case.reading.probe, t).repeat_interleave(group, 0)
-            for t in (1e-4, -1e-4)
-        )
-    k = min(chosen_units(method, budget), int(surely.sum(1).min()))
-    assert k == min(chosen_units(method, budget), scores.shape[1])
-    high, low = (scores.masked_fill(~t, -torch.inf).topk(k, dim=1).values[:, -1:] for t in (possibly, surely))
+    k = min(chosen_units(method, budget), scores.shape[1])
+    threshold = scores.topk(k, dim=1).values[:, -1:]
     unit = weighed.shape[1] // scores.shape[1]
-    sure, maybe = surely & (scores > high + tolerance), possibly & (scores >= low - tolerance)
+    sure, maybe = scores > threshold + tolerance, scores >= threshold - tolerance
     sure, maybe = (t.repeat_interleave(unit, dim=1) for t in (sure, maybe))
     if own or method.shared:
         assert (weighed.sum(1) == k * unit).all()

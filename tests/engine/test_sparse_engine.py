@@ -168,9 +168,9 @@ def test_sliding_layers_stay_dense(tmp_path_factory, architecture):
     assert (tokens(llm.generate([ids], SAMPLED[2])) == dense) == (architecture == "mistral")
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - {"dense", "streaming"}))
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"dense", "streaming", "topk", "sample"}))
 def test_short_contexts_stay_dense_by_default(engine, tiny, name):
-    """No index is made where a method would not win."""
+    """No index is made where a method would not win. (The oracles never win, and are used at any length.)"""
     llm = engine(name)
     scheduler = llm.scheduler()
     scheduler.add(Request(0, prompts()[-1], SAMPLED[0]))

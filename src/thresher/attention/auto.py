@@ -7,7 +7,7 @@ from thresher.errors import UsageError
 
 @dataclass(frozen=True)
 class Auto(Sign):
-    """The preset that the measurements favour: `sign` ranking of the likely fifth, the group's union, a tail of centroids.
+    """The preset that the measurements favour: `sign` ranking by 32 bits, the group's union, a tail of centroids.
 
     share: the budget is at least this part of the context. With a tail no layer needs to stay dense (docs/results.md).
     """
@@ -18,8 +18,7 @@ class Auto(Sign):
     dense_layers: str = "none"
     budget: float = 160
     tail: int = 64
-    bits: int = 64
-    probe: float = 0.2
+    bits: int = 32
     share: float = 0.005
 
     def __post_init__(self) -> None:

@@ -157,9 +157,7 @@ class Index:
         end = self.covered if self.method.indexed else max(begin, length - self.method.window)
         if end <= begin:
             return None
-        return SparseReading(
-            self._native, end, self.method.budget_tokens(length), self.method.probe_tokens(length)
-        )
+        return SparseReading(self._native, end, self.method.budget_tokens(length))
 
     def readings(self) -> Readings:
         return Readings(*self._native.counters())
@@ -249,11 +247,6 @@ def check_block(block: Block) -> None:
     clusters = arrays["counts"].shape[1] if "counts" in arrays else 0
     if "assigned" in arrays and int(arrays["assigned"].int().amax()) >= clusters:
         raise ValueError("clusters that do not exist")
-    if "order" in arrays:
-        if int(arrays["order"].int().amax()) >= n:
-            raise ValueError("an order beyond the block")
-        if bool((arrays["counts"] < 0).any() | (arrays["counts"].sum(-1) != n).any()):
-            raise ValueError("clusters of another size than the block")
     if "heads" in arrays:
         heads = arrays["heads"]
         if bool((heads[..., 0] != 0).any() | (heads[..., -1] != n).any() | (heads.diff(dim=-1) < 0).any()):

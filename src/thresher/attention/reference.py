@@ -90,7 +90,7 @@ def reference_scores(index: Index, layer: int, q: torch.Tensor, keys: torch.Tens
     elif method.rank == Rank.SIGNS:
         directions = unpack_directions(index.frozen["directions"][planes])
         x = torch.einsum("hgd,hbd->hgb", grouped, directions.double())
-        scores = torch.cat([_in_order(_sign_scores(x, b.arrays, planes), b.arrays, planes) for b in index.blocks], dim=-1)
+        scores = torch.cat([_sign_scores(x, b.arrays, planes) for b in index.blocks], dim=-1)
     else:
         rows = torch.cat([b.arrays["rows"][planes] for b in index.blocks], dim=1).double()
         if rows.shape[-1] == 2 * q.shape[-1]:  # the least and the greatest of each channel
@@ -115,43 +115,6 @@ def _sign_scores(x: torch.Tensor, arrays: dict[str, torch.Tensor], planes: slice
     rounded = (sums + 0.5 * sums.sign()).trunc().sum(-1)
     shift = sign_shift(bits)
     return torch.floor(rounded * factors[:, None] / 2**shift)
-
-
-def _in_order(scores: torch.Tensor, arrays: dict[str, torch.Tensor], planes: slice) -> torch.Tensor:
-    """Scores `[kv_heads, group, n]` of signs that lie in the order of clusters, in that of tokens."""
-    if "order" not in arrays:
-        return scores
-    order = arrays["order"][planes].long()[:, None].expand_as(scores)
-    return torch.empty_like(scores).scatter_(2, order, scores)
-
-
-def reference_probed(
-    index: Index, layer: int, q: torch.Tensor, scale: float, wanted: int, tolerance: float
-) -> torch.Tensor:
-    """The candidates that are looked at, bool `[kv_heads, candidates]`: groups of 16 in the order of clusters, of the
-    clusters that weigh most for any query head of a group, as many as hold `wanted` tokens.
-
-    A cluster comes after those that weigh as much less the tolerance (log2): with one above 0 surely looked at, with one
-    below 0 possibly.
-    """
-    assigned, sizes = cluster_tokens(index, layer)
-    planes, group = _planes(index, layer), index.shape.group
-    means = torch.cat([b.arrays["means"][planes, :, 0] for b in index.blocks], dim=1).double()
-    x = torch.einsum("hgd,hcd->hgc", q.double().view(-1, group, q.shape[1]), means) * scale / np.log(2)
-    logs = x + sizes[:, None].double().log2()
-    weight = (x - logs.mul(np.log(2)).logsumexp(-1, keepdim=True) / np.log(2)).amax(1).masked_fill(sizes == 0, -torch.inf)
-    before = (weight[:, None] >= weight[:, :, None] - tolerance) & ~torch.eye(weight.shape[1], dtype=torch.bool)
-    chosen = ((before * sizes[:, None]).sum(-1) < wanted).gather(1, assigned)
-    out = torch.zeros_like(chosen)
-    at = 0
-    for block in index.blocks:
-        positions = block.arrays["order"][planes].long()
-        n = positions.shape[1]
-        ordered = chosen[:, at : at + n].gather(1, positions)
-        ordered = ordered.view(-1, n // 16, 16).any(-1).repeat_interleave(16, dim=1)
-        out[:, at : at + n] = torch.zeros_like(ordered).scatter_(1, positions, ordered)
-        at += n
-    return out
 
 
 def sign_shift(bits: int) -> int:

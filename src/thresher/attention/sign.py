@@ -17,8 +17,7 @@ class Sign(BudgetMethod):
 
     A key, centred and stretched along the directions that queries have, is kept as the signs of its products with
     orthonormal directions and one factor |k|^2 / sum |products|: 8 bytes and one for 64 bits, read in order. The
-    query is shrunk as the keys are stretched. bits: directions, a multiple of 32. probe: the part of the context that
-    is looked at, the clusters of the tail that weigh most by their means for any query head of the group; 0: all.
+    query is shrunk as the keys are stretched. bits: directions, a multiple of 32.
     """
 
     name: ClassVar[str] = "sign"
@@ -26,24 +25,14 @@ class Sign(BudgetMethod):
     rank: ClassVar[Rank] = Rank.SIGNS
 
     bits: int = 64
-    probe: float = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_bits(self.name, self.bits)
-        if not 0 <= self.probe <= 1:
-            raise UsageError(f"{self.name}, probe={self.probe}: give a part of the context from 0 (all of it) to 1")
-        if self.probe and not self.tail:
-            raise UsageError(f"{self.name}, probe={self.probe}: needs a tail, whose clusters say where to look")
-
-    def probe_tokens(self, context: int) -> int:
-        # Enough for the budget to be a choice.
-        return max(round(self.probe * context), 4 * self.budget_tokens(context)) if self.probe else 0
 
     def index_key(self) -> str:
-        order = "clusters" if self.probe else "tokens"
-        return f"{signs_key(self.bits, self.seed)},order={order},{super().index_key()}"
+        return f"{signs_key(self.bits, self.seed)},{super().index_key()}"
 
     def freeze(self, keys: torch.Tensor, queries: Planes, shape: Shape) -> dict[str, torch.Tensor]:
         return super().freeze(keys, queries, shape) | freeze_signs(keys, queries(), self.bits, self.seed, shape)
@@ -51,23 +40,14 @@ class Sign(BudgetMethod):
     def build(
         self, keys: torch.Tensor, values: torch.Tensor, frozen: dict[str, torch.Tensor], shape: Shape
     ) -> dict[str, torch.Tensor]:
-        arrays = super().build(keys, values, frozen, shape)
-        if not self.probe:
-            return arrays | build_signs(keys, frozen)
-        order = arrays["assigned"].int().argsort(dim=1, stable=True)
-        ordered = keys.gather(1, order[..., None].expand_as(keys))
-        return arrays | build_signs(ordered, frozen) | {"order": order.to(torch.uint16)}
+        signs = build_signs(keys, frozen)
+        return signs | super().build(keys, values, frozen, shape)
 
     def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
         return super().parameters(shape, frozen) | sign_parameters(self.bits, frozen)
 
     def index_bytes(self, candidates: int, shape: Shape) -> float:
-        looked_at = candidates
-        if self.probe:  # half a cluster more than asked for, and groups of 16 that begin or end in another cluster
-            clusters = self.tail * candidates / self.segment
-            wanted = self.probe_tokens(candidates)
-            looked_at = min(candidates, int(wanted + candidates / clusters / 2 + 16 * clusters * wanted / candidates))
-        return sign_bytes(looked_at, self.bits, shape) + super().index_bytes(candidates, shape)
+        return sign_bytes(candidates, self.bits, shape) + super().index_bytes(candidates, shape)
 
 
 STRETCH = 0.15  # power of the queries' second moment (docs/results.md)

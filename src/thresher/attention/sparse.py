@@ -126,10 +126,6 @@ class SparseMethod(AttentionMethod):
         """Tokens that each query head (or group, if it chooses together) takes of the candidates."""
         return 0
 
-    def probe_tokens(self, context: int) -> int:
-        """Candidates that a KV head looks at to choose from, if they lie in the order of clusters; 0: all."""
-        return 0
-
     def check(self, shape: Shape) -> None:
         """Raises UsageError if the method cannot run with such heads."""
         if shape.group > MOST_GROUP:

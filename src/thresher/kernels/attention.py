@@ -29,12 +29,11 @@ class Visibility:
 class SparseReading:
     """What one new token reads: an index's choice of `budget` tokens a query head before position `end`, and all rows
     outside of what the index covers. In layers that the index does not cover, and in those with a sliding window,
-    all. probe: candidates that are looked at for that; 0: all."""
+    all."""
 
     index: _native.Index
     end: int
     budget: int
-    probe: int = 0
 
 
 class AttentionPlan:
@@ -81,8 +80,7 @@ class AttentionPlan:
             start += used
         window, sinks = (visibility.window, visibility.sinks) if visibility else (0, 0)
         index, end, budget = (sparse.index, sparse.end, sparse.budget) if sparse else (None, 0, 0)
-        probe = sparse.probe if sparse else 0
-        self.native.add(queries, past, window, sinks, runs, index, end, budget, probe)
+        self.native.add(queries, past, window, sinks, runs, index, end, budget)
         self.tokens += queries
 
     def rows_read(self, layer_window: int = 0) -> int:
