@@ -462,8 +462,8 @@ def test_refused_readings():
 @pytest.mark.parametrize("sampled", ["like the rest", "better than the rest", "worse than the rest"])
 @pytest.mark.parametrize("budget", [1, 100, 600, 5000])
 def test_bounds_from_a_sample_lose_nothing(isa, sampled, budget):
-    """Of long contexts a sixteenth is scored first, and a bound taken from it. It must not matter how well it speaks for
-    the rest: here what is sampled can be all that is good, or nothing of it."""
+    """Of long contexts a sixteenth is scored first, and a bound taken from it. It must not matter how well it speaks
+    for the rest: here what is sampled can be all that is good, or nothing of it."""
     heads, n = Heads(3, 1, 64), 6000
     case = make(
         f"sign:budget={budget},sinks=0,window=16,dense_below=0", heads, n, seed=40, kv=text_like(n, heads, 1, 40)
