@@ -161,8 +161,23 @@ inline void choose_item(const Attention& args, const SparseItem& item, Scratch& 
   }
 }
 
-inline int32_t* rows_of(const Sparse& sparse, int64_t kv_head) { return sparse.rows + kv_head * (1 + sparse.end - sparse.begin); }
+inline int32_t* rows_of(const Sparse& sparse, int64_t kv_head) { return sparse.rows + kv_head * rows_stride(sparse.end - sparse.begin); }
 inline uint32_t* members_of(const Sparse& sparse, int64_t kv_head) { return sparse.members + kv_head * (sparse.end - sparse.begin); }
+
+// Writes the places of the bits of a word, `base` being that of the first, and up to 15 numbers more; returns where the next go.
+ALWAYS_INLINE int32_t* places_of(uint64_t bits, int32_t base, int32_t* to) {
+#if defined(__AVX512BW__)
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  for (int i = 0; i < 64; i += 16) {
+    const uint32_t part = uint32_t(bits >> i & 0xffff);
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(__mmask16(part), _mm512_add_epi32(lanes, _mm512_set1_epi32(base + i))));
+    to += __builtin_popcount(part);
+  }
+#else
+  for (; bits; bits &= bits - 1) *to++ = base + __builtin_ctzll(bits);
+#endif
+  return to;
+}
 
 // What any query head of a KV head has chosen, in order, and which of them have.
 inline void list_item(const Attention& args, const SparseItem& item) {
@@ -170,19 +185,19 @@ inline void list_item(const Attention& args, const SparseItem& item) {
   const Method& m = *sparse.method;
   const int64_t n_words = words(sparse.end - sparse.begin), heads = m.shared ? 1 : args.q_heads / args.kv_heads;
   const uint64_t* chosen = sparse.chosen + item.head * heads * n_words;
-  int32_t* rows = rows_of(sparse, item.head);
-  uint32_t* members = members_of(sparse, item.head);
-  int32_t count = 0;
+  int32_t *rows = rows_of(sparse, item.head), *to = rows + 1;
   for (int64_t w = 0; w < n_words; ++w) {
     uint64_t any = 0;
     for (int64_t h = 0; h < heads; ++h) any |= chosen[h * n_words + w];
-    for (; any; any &= any - 1, ++count) {
-      const int bit = __builtin_ctzll(any);
-      rows[1 + count] = int32_t(w * 64 + bit);
-      if (!m.own || m.shared) continue;
-      members[count] = 0;
-      for (int64_t h = 0; h < heads; ++h) members[count] |= uint32_t(chosen[h * n_words + w] >> bit & 1) << h;
-    }
+    to = places_of(any, int32_t(w * 64), to);
   }
+  const int32_t count = int32_t(to - rows) - 1;
   rows[0] = count;
+  if (!m.own || m.shared) return;
+  uint32_t* members = members_of(sparse, item.head);
+  for (int32_t i = 0; i < count; ++i) {
+    const int64_t c = rows[1 + i];
+    members[i] = 0;
+    for (int64_t h = 0; h < heads; ++h) members[i] |= uint32_t(chosen[h * n_words + c / 64] >> (c % 64) & 1) << h;
+  }
 }

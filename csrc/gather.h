@@ -154,7 +154,12 @@ struct Gather {
       s.value_rows[waiting + i] = s.value_rows[waiting - 1];
     }
     for (int i = 0; i < 32; ++i) prefetch(s.key_rows[i], dim * int64_t(sizeof(Value)));
-    if (weighing != Weighing::centroids) rows += waiting;
+    if (weighing == Weighing::centroids) {
+      for (int k = waiting; k % W; ++k) log_counts[k] = 1;
+      for (int k = 0; k < waiting; k += W) store(log_counts + k, log2_positive(load<vf>(log_counts + k)) * (1 / scale));
+    } else {
+      rows += waiting;
+    }
     if (weighing == Weighing::plain) head_rows += waiting * group;
     if (weighing == Weighing::own)
       for (int k = 0; k < waiting; ++k) head_rows += __builtin_popcount(members[k] & uint32_t((uint64_t(1) << group) - 1));
@@ -332,7 +337,7 @@ struct Gather {
         if (s.left[c] <= 0) continue;
         s.key_rows[waiting] = (const char*)(means + c * both);
         s.value_rows[waiting] = (const char*)(means + c * both + dim);
-        log_counts[waiting] = __builtin_log2f(float(s.left[c])) / scale;
+        log_counts[waiting] = float(s.left[c]);  // until flush
         if (++waiting == split) flush();
       }
     }

@@ -117,7 +117,7 @@ struct Sparse {  // one sequence in one pass
   char* scores;
   int32_t* found;    // [pieces of scan_tokens, found_stride]
   uint64_t* chosen;
-  int32_t* rows;     // [kv_heads, 1 + candidates]: how many candidates are read, and which
+  int32_t* rows;     // [kv_heads, rows_stride(candidates)]: how many candidates are read, and which
   uint32_t* members; // [kv_heads, candidates]: bit g: query head g of the group has chosen it
   char* queries;
   int32_t* done;     // [kv_heads, step_kinds]: steps of each kind that are finished in this layer
@@ -129,6 +129,8 @@ constexpr int scan_tokens = 4096;               // signs that are scanned in one
 constexpr int found_stride = scan_tokens + 32;  // their number, 15 unused, the entries, and room to write 16 at once
 constexpr int most_group = 32;                 // query heads of a KV head
 constexpr int gather_parts = 4;                // pieces that a KV head's gathered rows are dealt out to
+
+constexpr int64_t rows_stride(int64_t candidates) { return candidates + 17; }  // the number, and room to write 16 at once
 
 enum class Step : int32_t { prepare = 0, sample = 1, scan = 2, choose = 3, list = 4, gather = 5 };
 constexpr int step_kinds = 6;

@@ -167,7 +167,7 @@ void Plan::place_sparse() {
     take(s.found, signs ? shape_.q_heads * ((ranked + scan_tokens - 1) / scan_tokens) * found_stride * 4 : 0);
     take(s.chosen, shape_.q_heads * ((n + 63) / 64) * 8);
     take(s.queries, shape_.q_heads * ranking_query_bytes);
-    take(s.rows, shape_.kv_heads * (1 + n) * 4);
+    take(s.rows, shape_.kv_heads * rows_stride(n) * 4);
     take(s.members, s.method->own ? shape_.kv_heads * n * 4 : 0);
     take(s.done, shape_.kv_heads * step_kinds * 4);
     return int64_t(at) - start;

@@ -71,6 +71,14 @@ inline vf exp2_nonpositive(vf x) {
 }
 inline float exp2_nonpositive(float x) { return exp2_nonpositive(splat(x))[0]; }
 
+// log2 of normal numbers above 0: 2 atanh((m - 1) / (m + 1)) of the mantissa, between sqrt(1/2) and sqrt(2).
+inline vf log2_positive(vf x) {
+  const vi exponent = ((vi)x - 0x3f3504f3) >> 23;
+  const vf m = (vf)((vi)x - (exponent << 23)), t = (m - 1.0f) / (m + 1.0f), s = t * t;
+  const vf series = 1.0f + s * (1.0f / 3 + s * (1.0f / 5 + s * (1.0f / 7 + s * (1.0f / 9))));
+  return __builtin_convertvector(exponent, vf) + 2.885390081777927f * t * series;
+}
+
 inline float sum(vf x) {  // a fixed tree: the same order for every caller
   float lanes[W];
   store(lanes, x);
