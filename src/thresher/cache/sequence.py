@@ -42,7 +42,7 @@ class KVLayout:
                 memory.madvise(mmap.MADV_HUGEPAGE)
                 return torch.frombuffer(memory, dtype=self.dtype, count=math.prod(shape)).view(shape)
             return torch.empty(shape, dtype=self.dtype)
-        except (RuntimeError, OSError):
+        except (RuntimeError, OSError, OverflowError):
             raise CapacityError(f"no memory for {capacity} tokens of KV cache ({size / 2**20:.0f} MiB)") from None
 
 
