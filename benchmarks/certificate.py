@@ -39,8 +39,8 @@ def main() -> None:
         certified = torch.stack(errors)[:, index.layers]
         above = certified > limit
         print(
-            f"certify {limit}: {100 * read.escalated / read.checked:5.1f} % of {read.checked} outputs answered densely, "
-            f"{100 * above.float().mean():5.2f} % further off than that, at most {certified.max():.2f}; "
+            f"certify {limit}: {100 * read.escalated / read.checked:5.1f} % of {read.checked} outputs dense, "
+            f"{100 * above.float().mean():5.2f} % further off, at most {certified.max():.2f}; "
             f"mean error {100 * certified.mean():.1f} %",
             flush=True,
         )
