@@ -96,6 +96,13 @@ def test_ask_takes_the_weights_of_the_file(book, tiny_folder, tmp_path):
     assert run("ask", tmp_path / "x.kv", "Who?", "--max-new-tokens", 2, *model).returncode == 0
 
 
+def test_generate_says_when_a_method_was_not_used(tiny_folder):
+    arguments = ("generate", "a short prompt", "--max-new-tokens", 2, "--model", tiny_folder)
+    assert "attention was dense" not in run(*arguments).stderr
+    said = " ".join(run(*arguments, "--attention", "topk:dense_below=99,budget=4").stderr.split())
+    assert "attention was dense: topk:dense_below=99,budget=4 begins beyond 99 tokens" in said
+
+
 def test_bad_input(kv, book, tiny_folder, tmp_path):
     model = ("--model", tiny_folder)
     fails(2, "give a prompt", "generate", *model)

@@ -5,7 +5,7 @@ import typer
 
 from thresher.cli import options as o
 from thresher.cli.read import MOST_BYTES
-from thresher.cli.terminal import clear_errors, read_text, say_readings, show_answers, stderr, write_json
+from thresher.cli.terminal import clear_errors, read_text, say, say_readings, show_answers, stderr, write_json
 
 
 def generate(
@@ -75,4 +75,6 @@ def generate(
             style="dim",
         )
         say_readings(times)
+        if llm.dense_up_to and "rows_read" not in times:
+            say(f"attention was dense: {llm.attention} begins beyond {llm.dense_up_to} tokens")
         write_json(json, {"model": llm.model.name, "prompt": text, "answers": answers[0]} | times)

@@ -180,13 +180,21 @@ class LLM:
         say = self._progress
         method = self.attention
         if isinstance(method, SparseMethod) and not method.visibility():
-            least = method.least_context(self.runner.shape)
+            least = self.dense_up_to
             if sequence.length <= least:
                 say(f"attention is dense up to {least} tokens: there {method} would read as much")
             elif method.indexed and not (isinstance(sequence.index, Index) and sequence.index.serves(method)):
                 held = f"an index for {sequence.index.method}" if isinstance(sequence.index, Index) else "no index"
                 say(f"{path} has {held}: building one for {method} (thresher read --attention keeps it)")
         return Context(sequence, info.framing, info.source)
+
+    @property
+    def dense_up_to(self) -> int:
+        """Contexts of up to this many tokens are read densely because the sparse method would not win there."""
+        method = self.attention
+        if not isinstance(method, SparseMethod) or method.visibility():
+            return 0
+        return method.least_context(self.runner.shape)
 
     def _index_of_file(
         self, path: Path, sequence: KVSequence, meta: dict[str, Any], arrays: dict[str, torch.Tensor]
