@@ -107,7 +107,7 @@ def test_a_mapped_segment_is_not_resident_and_never_written():
 
 
 def test_reserved_rows_take_memory_only_as_they_are_written():
-    """Huge pages are for rows that will be there soon: one row of 4,096 that may come must not bring them all."""
+    """One row of 4,096 that may come must not bring them all."""
 
     def resident():
         with open("/proc/self/statm") as f:
@@ -115,21 +115,21 @@ def test_reserved_rows_take_memory_only_as_they_are_written():
 
     layout = KVLayout(layers=30, kv_heads=3, head_dim=64, dtype=torch.bfloat16)
     sequence = KVSequence(layout)
-    sequence.reserve(4096, exact=True, written=0)
+    sequence.reserve(4096, exact=True)
     before = resident()
     sequence.append([1], torch.ones(30, 2, 3, 1, 64, dtype=torch.bfloat16))
     assert resident() - before < 4096 * layout.bytes_per_token / 10
     assert sequence.segments()[0][0].shape[3] == 4096
 
 
-def test_huge_pages_hold_the_same_rows():
+def test_forks_keep_the_memory_alive():
     layout = KVLayout(layers=4, kv_heads=3, head_dim=64, dtype=torch.bfloat16)
     kv = torch.randn(4, 2, 3, 3000, 64).bfloat16()
     sequence = KVSequence(layout)
     sequence.append(list(range(3000)), kv)
     assert torch.equal(sequence.rows(0, 3000), kv)
     fork = sequence.fork()
-    del sequence  # the memory lives as long as anyone sees it
+    del sequence
     assert torch.equal(fork.rows(1000, 2000), kv[:, :, :, 1000:2000])
 
 

@@ -1,7 +1,5 @@
 """The KV cache of one sequence: shared read-only segments, then a private tail that grows without being copied."""
 
-import math
-import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,8 +9,6 @@ import torch
 from thresher.errors import CapacityError
 
 MIN_TAIL = 64  # tokens
-HUGE_PAGE = 2**21  # bytes
-FILLED = 0.75  # of a new tail is written soon: then it may be there at once
 
 
 @dataclass(frozen=True)
@@ -28,21 +24,15 @@ class KVLayout:
     def bytes_per_token(self) -> int:
         return self.layers * 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
 
-    def empty(self, capacity: int, huge_pages: bool = False) -> torch.Tensor:
+    def empty(self, capacity: int) -> torch.Tensor:
         """Uninitialised storage `[layers, 2, kv_heads, capacity, head_dim]`; pages cost nothing until written.
 
-        huge_pages: ask for large ones. Rows that are gathered from all over the cache are found sooner, but a page is
-        wholly there as soon as one row of it is. Raises CapacityError if the machine has no memory for it.
+        Raises CapacityError if the machine has no memory for it.
         """
-        shape = (self.layers, 2, self.kv_heads, capacity, self.head_dim)
-        size = capacity * self.bytes_per_token
         try:
-            if huge_pages and size >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-                memory = mmap.mmap(-1, size)
-                memory.madvise(mmap.MADV_HUGEPAGE)
-                return torch.frombuffer(memory, dtype=self.dtype, count=math.prod(shape)).view(shape)
-            return torch.empty(shape, dtype=self.dtype)
-        except (RuntimeError, OSError, OverflowError):
+            return torch.empty(self.layers, 2, self.kv_heads, capacity, self.head_dim, dtype=self.dtype)
+        except RuntimeError:
+            size = capacity * self.bytes_per_token
             raise CapacityError(f"no memory for {capacity} tokens of KV cache ({size / 2**20:.0f} MiB)") from None
 
 
@@ -92,11 +82,10 @@ class KVSequence:
         """`(data, used rows)` in order of position."""
         return [(p.segment.data, p.used) for p in self._parts if p.used]
 
-    def reserve(self, n: int, exact: bool = False, written: int | None = None) -> None:
+    def reserve(self, n: int, exact: bool = False) -> None:
         """Make room for n more rows in one piece behind the used rows of the tail.
 
-        A new tail holds as many rows as the whole sequence (at least n), or exactly n. written: how many of the n will
-        be written soon; all, unless it is given.
+        A new tail holds as many rows as the whole sequence (at least n), or exactly n.
         """
         if self._writable:
             tail = self._parts[-1]
@@ -105,8 +94,7 @@ class KVSequence:
             if tail.used == 0:
                 self._parts.pop()
         capacity = n if exact else max(n, MIN_TAIL, self.length)
-        soon = n if written is None else written
-        self._parts.append(_Part(Segment(self.layout.empty(capacity, soon >= FILLED * capacity)), 0))
+        self._parts.append(_Part(Segment(self.layout.empty(capacity)), 0))
         self._writable = True
 
     def incoming(self, n: int) -> list[tuple[torch.Tensor, int]]:

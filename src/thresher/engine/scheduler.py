@@ -172,8 +172,7 @@ class Scheduler:
                 continue
             sequence = request.base.fork() if request.base else KVSequence(self._runner.layout)
             # Memory that is reserved but not written costs nothing, so take what may be needed in one piece.
-            new = len(request.token_ids)
-            sequence.reserve(new + (limit - 1 if params.n == 1 else 0), exact=True, written=new)
+            sequence.reserve(len(request.token_ids) + (limit - 1 if params.n == 1 else 0), exact=True)
             self._held[request.index] = (rows, params.n)
             self._prefills.append(_Prefill(request, sequence, limit))
         return events
@@ -187,7 +186,7 @@ class Scheduler:
             sequence = prefill.sequence
             if params.n > 1:
                 sequence = sequence.fork()
-                sequence.reserve(max(prefill.limit - 1, 1), exact=True, written=0)
+                sequence.reserve(max(prefill.limit - 1, 1), exact=True)
             stream = TextStream(self._runner.model.tokenizer, params.stop)
             rng = random_stream(params.seed, i)
             seen = set(sequence.token_ids) if params.repetition_penalty != 1 else set()
