@@ -135,8 +135,6 @@ void append_token(const Attention& args, const Sequence& seq, int64_t t) {
   }
 }
 
-constexpr float log2_e = 1.4426950408889634f;
-
 #include "largest.h"
 #include "prepare.h"
 #include "scan.h"
@@ -179,17 +177,6 @@ void run_step(const Attention& args, const SparseItem& item, Scratch& s) {
   }
   __atomic_fetch_add(done + int(item.step), 1, __ATOMIC_RELEASE);
 }
-
-// Carves aligned arrays out of memory; with none, only counts bytes.
-struct Carver {
-  char* at;
-  int64_t bytes = 0;
-  template <class T>
-  void take(T*& part, int64_t size) {
-    part = (T*)(at ? at + bytes : nullptr);
-    bytes += (size + 63) / 64 * 64;
-  }
-};
 
 // The working memory of one thread; returns its bytes.
 inline int64_t carve(const Attention& args, char* memory, Scratch& s) {

@@ -1,5 +1,5 @@
-// The third step: the best candidates of each query head are marked in its bitmap, and those of a group listed. Included inside the namespace of one
-// instruction set.
+// Steps `choose` and `list`: the best candidates of each query head are marked in its bitmap, and those of a group listed.
+// Included inside the namespace of one instruction set.
 #pragma once
 
 // The best clusters until they hold `budget` tokens, at least one.
@@ -60,7 +60,7 @@ struct Random {  // a stream for each (seed, position, layer, head)
 // log2(its draws / budget * sum of exp(score)). The uniform numbers come sorted, so one sweep is enough.
 inline void choose_draws(const Attention& args, const Sequence& seq, int64_t head, float* scores, int64_t n, uint64_t* chosen) {
   const Sparse& sparse = *seq.sparse;
-  const float scale = args.scale * 1.4426950408889634f;
+  const float scale = args.scale * log2_e;
   __builtin_memset(chosen, 0, size_t(8 * words(n)));
   float top = -infinity();
   for (int64_t i = 0; i < n; ++i) top = scores[i] * scale > top ? scores[i] * scale : top;
@@ -161,8 +161,12 @@ inline void choose_item(const Attention& args, const SparseItem& item, Scratch& 
   }
 }
 
-inline int32_t* rows_of(const Sparse& sparse, int64_t kv_head) { return sparse.rows + kv_head * rows_stride(sparse.end - sparse.begin); }
-inline uint32_t* members_of(const Sparse& sparse, int64_t kv_head) { return sparse.members + kv_head * (sparse.end - sparse.begin); }
+inline int32_t* rows_of(const Sparse& sparse, int64_t kv_head) {
+  return sparse.rows + kv_head * rows_stride(sparse.end - sparse.begin);
+}
+inline uint32_t* members_of(const Sparse& sparse, int64_t kv_head) {
+  return sparse.members + kv_head * (sparse.end - sparse.begin);
+}
 
 // Writes the places of the bits of a word, `base` being that of the first, and up to 15 numbers more; returns where the next go.
 ALWAYS_INLINE int32_t* places_of(uint64_t bits, int32_t base, int32_t* to) {

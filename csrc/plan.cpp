@@ -156,28 +156,23 @@ void Plan::add_sparse(Work& work, size_t sequence) {
 
 // Working memory of all sparse sequences of the pass.
 void Plan::place_sparse() {
-  auto place = [&](Sparse& s, char* at) {  // without an address only counts bytes
-    const int64_t n = s.end - s.begin, ranked = (s.ranked + 63) / 64 * 64, start = int64_t(at);
-    auto take = [&](auto*& part, int64_t size) {
-      part = (std::remove_reference_t<decltype(part)>)(at);
-      at += (size + 63) / 64 * 64;
-    };
+  auto place = [&](Sparse& s, Carver& c) {
+    const int64_t n = s.end - s.begin, ranked = (s.ranked + 63) / 64 * 64;
     const bool signs = s.method->rank == Rank::signs;
-    take(s.scores, signs ? 0 : shape_.q_heads * ranked * 4);
-    take(s.found, signs ? shape_.q_heads * ((ranked + scan_tokens - 1) / scan_tokens) * found_stride * 4 : 0);
-    take(s.chosen, shape_.q_heads * ((n + 63) / 64) * 8);
-    take(s.queries, shape_.q_heads * ranking_query_bytes);
-    take(s.rows, shape_.kv_heads * rows_stride(n) * 4);
-    take(s.members, s.method->own ? shape_.kv_heads * n * 4 : 0);
-    take(s.done, shape_.kv_heads * step_kinds * 4);
-    return int64_t(at) - start;
+    c.take(s.scores, signs ? 0 : shape_.q_heads * ranked * 4);
+    c.take(s.found, signs ? shape_.q_heads * ((ranked + scan_tokens - 1) / scan_tokens) * found_stride * 4 : 0);
+    c.take(s.chosen, shape_.q_heads * ((n + 63) / 64) * 8);
+    c.take(s.queries, shape_.q_heads * ranking_query_bytes);
+    c.take(s.rows, shape_.kv_heads * rows_stride(n) * 4);
+    c.take(s.members, s.method->own ? shape_.kv_heads * n * 4 : 0);
+    c.take(s.done, shape_.kv_heads * step_kinds * 4);
   };
-  int64_t total = 64;
-  for (Sparse& s : sparse_) total += place(s, nullptr);
+  Carver counted{nullptr};
+  for (Sparse& s : sparse_) place(s, counted);
   std::vector<char>& memory = workspace_->sparse;
-  if (int64_t(memory.size()) < total) memory.resize(size_t(total));
-  char* at = (char*)((uintptr_t(memory.data()) + 63) / 64 * 64);
-  for (Sparse& s : sparse_) at += place(s, at);
+  if (int64_t(memory.size()) < counted.bytes + 64) memory.resize(size_t(counted.bytes + 64));
+  Carver carved{(char*)((uintptr_t(memory.data()) + 63) / 64 * 64)};
+  for (Sparse& s : sparse_) place(s, carved);
 }
 
 const Plan::Work& Plan::work(int layer, int64_t layer_window) {

@@ -1,4 +1,4 @@
-// The first of three steps in which a sparse sequence decides what it reads of its candidates: each query head prepares
+// Step `prepare`, the first in which a sparse sequence decides what it reads of its candidates: each query head prepares
 // what it ranks by. Methods that do not rank (LSH, fixed sets) mark their candidates here already. Included inside the
 // namespace of one instruction set.
 #pragma once

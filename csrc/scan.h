@@ -1,5 +1,5 @@
-// The second step: candidates are scored for the query heads of their KV head, signs after a sample of them has told what
-// scores matter. Included inside the namespace of one instruction set.
+// Steps `sample` and `scan`: candidates are scored for the query heads of their KV head, signs after a sample of them has told
+// what scores matter. Included inside the namespace of one instruction set.
 #pragma once
 
 inline int sign_shift(int bits) {  // so that the largest score fits into 16 bits
@@ -99,7 +99,8 @@ struct Signs {
   const Block* b;
 
   Signs(const Attention& args, const Sparse& of, int64_t kv_head)
-      : sparse(of), plane(plane_of(args, of, kv_head)), pieces(of.method->planes / 32), shift(sign_shift(of.method->planes)), b(of.blocks) {}
+      : sparse(of), plane(plane_of(args, of, kv_head)), pieces(of.method->planes / 32), shift(sign_shift(of.method->planes)),
+        b(of.blocks) {}
 
   // Four groups of 16 candidates, `step` apart; each call begins behind the last one.
   ALWAYS_INLINE SignGroups groups(int64_t candidate, int step) {
@@ -121,7 +122,9 @@ struct Signs {
 inline int32_t* found_of(const Sparse& sparse, int64_t head, int64_t candidate) {
   return sparse.found + (head * ((sparse.ranked + scan_tokens - 1) / scan_tokens) + candidate / scan_tokens) * found_stride;
 }
-inline SignQuery* sign_query(const Sparse& sparse, int64_t head) { return (SignQuery*)(sparse.queries + head * ranking_query_bytes); }
+inline SignQuery* sign_query(const Sparse& sparse, int64_t head) {
+  return (SignQuery*)(sparse.queries + head * ranking_query_bytes);
+}
 
 // Adds those of sign_keys scores that are >= bound; returns where the next goes.
 ALWAYS_INLINE int32_t* keep_from(const int16_t* x, int16_t bound, int32_t place, int32_t* to) {
@@ -164,17 +167,24 @@ void scan_piece(const Attention& args, const Sparse& sparse, int64_t first_head,
   }
 }
 
-// Calls f<R>(first query head) for all query heads of a KV head, at most four at a time.
-#define FOR_QUERY_HEADS(f, ...)                                         \
-  for (int64_t g = 0; g < args.q_heads / args.kv_heads; g += 4) {       \
-    const int64_t first = item.head * (args.q_heads / args.kv_heads) + g; \
-    switch (args.q_heads / args.kv_heads - g) {                         \
-      case 1: f<1>(args, sparse, first, __VA_ARGS__); break;            \
-      case 2: f<2>(args, sparse, first, __VA_ARGS__); break;            \
-      case 3: f<3>(args, sparse, first, __VA_ARGS__); break;            \
-      default: f<4>(args, sparse, first, __VA_ARGS__);                  \
-    }                                                                   \
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+// Calls f(Constant<R>, first query head) for all query heads of a KV head, at most four at a time.
+template <class F>
+void for_query_heads(const Attention& args, int64_t kv_head, F f) {
+  const int64_t group = args.q_heads / args.kv_heads;
+  for (int64_t g = 0; g < group; g += 4) {
+    const int64_t first = kv_head * group + g;
+    switch (group - g) {
+      case 1: f(Constant<1>(), first); break;
+      case 2: f(Constant<2>(), first); break;
+      case 3: f(Constant<3>(), first); break;
+      default: f(Constant<4>(), first);
+    }
   }
+}
 
 // The bounds of R query heads: a sample of scores tells what leaves few to look at closely.
 template <int R>
@@ -202,7 +212,9 @@ void bound_scores(const Attention& args, const Sparse& sparse, int64_t first_hea
 
 inline void sample_item(const Attention& args, const SparseItem& item, Scratch& s) {
   const Sparse& sparse = *args.sequences[item.sequence].sparse;
-  FOR_QUERY_HEADS(bound_scores, (int16_t*)s.values_left)
+  for_query_heads(args, item.head, [&](auto count, int64_t first) {
+    bound_scores<count.value>(args, sparse, first, (int16_t*)s.values_left);
+  });
 }
 
 // The run that holds position x; `run` is where the last search ended, positions mostly grow.
@@ -262,9 +274,9 @@ void scan_rows_item(const Attention& args, const SparseItem& item, Scratch& s) {
 template <class E>
 void scan_item(const Attention& args, const SparseItem& item, Scratch& s) {
   const Sparse& sparse = *args.sequences[item.sequence].sparse;
-  if (sparse.method->rank == Rank::signs) {
-    FOR_QUERY_HEADS(scan_piece, item.begin)
-  } else {
+  if (sparse.method->rank == Rank::signs)
+    for_query_heads(args, item.head,
+                    [&](auto count, int64_t first) { scan_piece<count.value>(args, sparse, first, item.begin); });
+  else
     scan_rows_item<E>(args, item, s);
-  }
 }

@@ -2,6 +2,7 @@
 // namespace of one instruction set.
 #pragma once
 
+constexpr float log2_e = 1.4426950408889634f;
 constexpr int gather_ahead = 64;  // row addresses behind the last one, for prefetching
 
 struct Scratch {
@@ -114,7 +115,7 @@ void attend_tile(const Attention& args, Scratch& s, int rows, const typename E::
              s.scores + k, split);
   }
   adjust(s.scores);
-  const float scale = args.scale * 1.4426950408889634f;
+  const float scale = args.scale * log2_e;
   Value* weights = (Value*)s.weights;
   for (int r = 0; r < rows; ++r) {
     float* x = s.scores + r * split;
