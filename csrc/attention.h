@@ -182,23 +182,20 @@ void run_step(const Attention& args, const SparseItem& item, Scratch& s) {
 inline int64_t carve(const Attention& args, char* memory, Scratch& s) {
   const int64_t dim = args.head_dim, wide = padded(dim), value = args.type == Type::f32 ? 4 : 2;
   const int64_t group = args.q_heads / args.kv_heads;
-  int64_t rows = group, row_dim = dim, block = 0, ranked = 0, clusters = 0;
+  int64_t rows = group, row_dim = dim, ranked = 0;
   for (int64_t i = 0; i < args.item_count; ++i) {
     const int64_t n = item_rows(args, args.items[i]);
     rows = n > rows ? n : rows;
   }
-  bool sparse = false;
+  bool sparse = false, tables = false, clusters = false;
   for (int32_t i = 0; i < args.sequence_count; ++i) {
     const Sparse* p = args.sequences[i].sparse;
     if (!p) continue;
     sparse = true;
     row_dim = p->method->row_dim > row_dim ? p->method->row_dim : row_dim;
     ranked = p->ranked > ranked ? p->ranked : ranked;
-    clusters = p->most_clusters > clusters ? p->most_clusters : clusters;
-    for (int32_t j = 0; j < p->block_count; ++j) {
-      const int64_t n = p->blocks[j].end - p->blocks[j].begin;
-      block = n > block ? n : block;
-    }
+    tables |= p->method->rank == Rank::tables;
+    clusters |= p->method->tail || p->method->rank == Rank::clusters;
   }
   Carver c{memory};
   c.take(s.keys, split * row_dim * value);
@@ -211,10 +208,10 @@ inline int64_t carve(const Attention& args, char* memory, Scratch& s) {
   c.take(s.sum, rows * 4);
   c.take(s.partial, tile_rows * wide * 4);
   if (!sparse) return c.bytes;
-  c.take(s.hits, block + 64);
-  c.take(s.values_left, (padded_ranks(ranked) + clusters + 64) * 8);
+  c.take(s.hits, tables ? most_table_tokens : 0);
+  c.take(s.values_left, (padded_ranks(ranked) + 64) * 8 + (clusters ? most_clusters : 0));
   c.take(s.unit_marks, padded_ranks(ranked) / 8 + 64);
-  c.take(s.left, clusters * 4);
+  c.take(s.left, clusters ? most_clusters * 4 : 0);
   c.take(s.slack, tile_rows * split * 4);
   c.take(s.doubts, group * (dim + 2) * 4);
   c.take(s.kept, group * (dim + 2) * 4);
