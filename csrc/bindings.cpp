@@ -11,6 +11,7 @@
 #include "index.h"
 #include "layer.h"
 #include "plan.h"
+#include "pool.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -282,6 +283,7 @@ NB_MODULE(_native, m) {
   });
   m.attr("panel") = panel;
   m.attr("split") = split;
+  m.attr("most_threads") = most_threads;
   bind_linear(m);
   bind_elementwise(m);
   bind_index(m);

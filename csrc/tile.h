@@ -24,12 +24,6 @@ struct Scratch {
   const char *key_rows[split + gather_ahead], *value_rows[split + gather_ahead];
 };
 
-inline void relax() {  // in a loop that waits for another thread
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
-
 inline int64_t padded_ranks(int64_t n) { return (n + 63) / 64 * 64; }
 
 inline float infinity() { return __builtin_inff(); }

@@ -162,8 +162,8 @@ def test_segments_and_indexes_of_another_model_are_refused():
         with pytest.raises(ValueError, match=f"layer {layer} of 3"):
             plan.attend(layer, case.q, case.k, case.v, case.scale)
     other = Case(None, HEADS, 300, layers=2)
+    other.sequence.reserve(1)
     with pytest.raises(ValueError, match="equal layers"):
-        other.sequence.reserve(1)
         plan.add(1, 300, other.sequence.incoming(1))
     for heads, layers in ((Heads(2, 2, 32), 3), (HEADS, 2)):
         stranger = Case("sign:budget=64,dense_layers=none,dense_below=0", heads, 1300, layers=layers)
@@ -200,3 +200,18 @@ def test_plans_may_share_a_workspace():
     for _ in range(3):
         for case, plan, out in zip(cases, plans, expected, strict=True):
             assert torch.equal(plan.attend(1, case.q, case.k, case.v, case.scale), out)
+
+
+@pytest.mark.parametrize("spec", ["sign:budget=200,tail=16", "verified", "lsh:K=6,L=40,certify=0.05", "quest", "topk"])
+def test_long_contexts_have_the_same_bits_with_any_number_of_threads(spec):
+    """Several pieces are scanned, and signs sampled first: 9,100 tokens."""
+    before = torch.get_num_threads()
+    try:
+        outs = []
+        for count in (1, 2, 3, 4):
+            torch.set_num_threads(count)
+            case = Case(f"{spec},dense_below=0" if ":" in spec else f"{spec}:dense_below=0", HEADS, 9100, layers=3)
+            outs += [attend([case])[0] for _ in range(20 if count > 1 else 1)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(out, outs[0]) for out in outs)

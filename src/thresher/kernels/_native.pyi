@@ -4,6 +4,7 @@ import torch
 
 panel: int
 split: int
+most_threads: int
 
 class KernelSet:
     def __init__(self, name: str) -> None: ...
