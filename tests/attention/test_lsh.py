@@ -829,8 +829,8 @@ def test_a_wrong_mean_is_noticed():
     context = Context("K=4,L=20", heads, torch.randn(1, 700, 16))
     q, k, _ = random_step(heads)
     check_step(context, q, k, 0.1)
-    wrong = context.mean + 0.1
-    context.index._native.set_mean(wrong.data_ptr())
+    right = context.index._parameters()
+    context.index._native.set_method(right | {"mean": right["mean"] + 0.1})
     with pytest.raises(AssertionError):
         check_step(context, q, k, 0.1)
 

@@ -13,6 +13,7 @@ from thresher.attention.sparse import GROUP, RECENT_QUERIES, Rank, Shape, Sparse
 from thresher.cache.sequence import KVSequence
 from thresher.kernels import _native
 from thresher.kernels.attention import SparseReading
+from thresher.kernels.native import TYPES
 
 _TYPICAL_BLOCK = 2048  # tokens
 _PIECE = 1 << 24  # numbers of keys that are looked at together when a block is built
@@ -76,7 +77,6 @@ class Index:
         self.frozen: dict[str, torch.Tensor] = {}
         self.blocks: list[Block] = []
         self.method = method
-        self._kept: list[torch.Tensor] = []
         self._make_native()
 
     def fork(self) -> "Index":
@@ -267,21 +267,19 @@ class Index:
 
     def _parameters(self) -> dict[str, Any]:
         parameters = self.method.parameters(self.shape, self.frozen)
-        self._kept = [v for v in parameters.values() if isinstance(v, torch.Tensor)]
-        return {k: v.data_ptr() if isinstance(v, torch.Tensor) else v for k, v in parameters.items()}
+        return parameters | ({"mean": self.frozen["mean"]} if "mean" in self.frozen else {})
 
     def _make_native(self) -> None:
-        mean = self.frozen.get("mean")
+        heads = self.shape.heads
         self._native = _native.Index(
-            self._parameters(), self._slots, 0 if mean is None else mean.data_ptr(), self.method.sinks
+            TYPES[self.shape.dtype], heads.q_heads, heads.kv_heads, heads.head_dim, self._slots, self.method.sinks
         )
         self._hand_over()
 
     def _hand_over(self) -> None:
+        self._native.set_blocks([])  # the method is checked against what it reads
         self._native.set_method(self._parameters())
-        if "mean" in self.frozen:
-            self._native.set_mean(self.frozen["mean"].data_ptr())
-        self._native.set_blocks([(b.begin, b.end, _addresses(b)) for b in self.blocks])
+        self._native.set_blocks([(b.begin, b.end, b.arrays) for b in self.blocks])
 
 
 @lru_cache
@@ -315,12 +313,6 @@ def _check_like(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor],
     for name, t in expected.items():
         if got[name].dtype != t.dtype or got[name].shape != (planes, *t.shape[1:]):
             raise ValueError(f"{name} of another shape")
-
-
-def _addresses(block: Block) -> dict[str, int]:
-    sizes = {"rows": "units", "counts": "clusters"}
-    counts = {sizes[name]: t.shape[1] for name, t in block.arrays.items() if name in sizes}
-    return {name: t.data_ptr() for name, t in block.arrays.items()} | counts
 
 
 def _join(pieces: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
