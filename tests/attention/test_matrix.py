@@ -11,8 +11,10 @@ from thresher.attention.reference import kept_marks, unpack_directions, unpack_s
 from thresher.attention.registry import METHODS, parse_method
 from thresher.attention.sparse import Shape
 from thresher.errors import UsageError
-from thresher.kernels import _native, native
+from thresher.kernels import _native
 from thresher.kernels.attention import AttentionPlan, Heads, SparseReading
+
+pytestmark = pytest.mark.usefixtures("set_threads")
 
 METHOD_TEXTS = [
     "dense",
@@ -77,22 +79,6 @@ SHAPE_NAMES = [f"{h.q_heads}-{h.kv_heads}-{h.head_dim}-{str(d).split('.')[1]}" f
 
 sparse_methods = pytest.mark.parametrize("text", SPARSE_TEXTS)
 shapes = pytest.mark.parametrize(("heads", "dtype"), SHAPES, ids=SHAPE_NAMES)
-
-
-@pytest.fixture(params=native.isas())
-def isa(request, monkeypatch):
-    for module in ("attention", "hashing"):
-        monkeypatch.setattr(f"thresher.kernels.{module}.kernel_set", lambda: native.kernel_set(request.param))
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def set_threads():
-    """Steps as small as these are done by one thread sooner than by two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def changed(text, **parameters):
@@ -191,6 +177,15 @@ def test_runs_of_memory_change_no_bits(isa, dtype):
         outs = [make(text, Heads(6, 2, 64), 600, dtype, seed=5, pieces=p).attend() for p in pieces]
         assert torch.equal(outs[0], outs[1]), text
         assert torch.equal(outs[0], outs[2]), text
+
+
+def test_used_memory_changes_no_bits(isa):
+    """Working memory that served another sequence, a longer or a shorter one, leaves nothing of it to the next."""
+    for text in METHOD_TEXTS:
+        cases = [make(text, Heads(6, 2, 16), n, seed=n) for n in (300, 1500, 140, 700)]
+        workspace = _native.Workspace()
+        for case in [*cases, *cases]:
+            assert torch.equal(attend([case], workspace=workspace)[0], case.attend()), text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
