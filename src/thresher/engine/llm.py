@@ -87,7 +87,7 @@ class LLM:
         self.attention = parse_method(attention) if isinstance(attention, str) else attention
         self._progress = progress
         self.source = resolve(model, progress)
-        self.model = load(self.source, weights, trust_remote_code)
+        self.model = load(self.source, weights, trust_remote_code, progress)
         self.runner = Runner(self.model)
         self.positions = 1 << 40 if allow_extrapolation else self.model.positions
         self.kv_budget = kv_budget or available_memory() // 2
