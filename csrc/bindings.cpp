@@ -69,6 +69,38 @@ void bind_elementwise(nb::module_& m) {
       nb::call_guard<nb::gil_scoped_release>());
 }
 
+void bind_sampling(nb::module_& m) {
+  m.def("sample_scratch_bytes", [](const KernelSet& k, int64_t vocab) { return k.table->sample_scratch_bytes(vocab); });
+  m.def(
+      "sample",
+      [](const KernelSet& k, uintptr_t logits, int64_t stride, int64_t rows, int64_t vocab, uintptr_t temperature,
+         uintptr_t top_k, uintptr_t top_p, uintptr_t min_p, uintptr_t uniform, uintptr_t first_edit, uintptr_t edit_ids,
+         uintptr_t edit_factors, uintptr_t edit_offsets, uintptr_t wants_logsumexp, uintptr_t logsumexp,
+         uintptr_t tokens, uintptr_t scratch, int threads) {
+        Sample s{};
+        s.logits = at<const float>(logits);
+        s.stride = stride;
+        s.rows = rows;
+        s.vocab = vocab;
+        s.temperature = at<const double>(temperature);
+        s.top_k = at<const int64_t>(top_k);
+        s.top_p = at<const double>(top_p);
+        s.min_p = at<const double>(min_p);
+        s.uniform = at<const double>(uniform);
+        s.first_edit = at<const int64_t>(first_edit);
+        s.edit_ids = at<const int32_t>(edit_ids);
+        s.edit_factors = at<const float>(edit_factors);
+        s.edit_offsets = at<const float>(edit_offsets);
+        s.wants_logsumexp = at<const uint8_t>(wants_logsumexp);
+        s.logsumexp = at<double>(logsumexp);
+        s.tokens = at<int32_t>(tokens);
+        s.scratch = at<char>(scratch);
+        s.threads = threads;
+        k.table->sample(s);
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+}
+
 void bind_plan(nb::module_& m) {
   nb::class_<Workspace>(m, "Workspace").def(nb::init<>());
   nb::class_<Plan>(m, "Plan")
@@ -286,6 +318,7 @@ NB_MODULE(_native, m) {
   m.attr("most_threads") = most_threads;
   bind_linear(m);
   bind_elementwise(m);
+  bind_sampling(m);
   bind_index(m);
   bind_plan(m);
   bind_layer(m);

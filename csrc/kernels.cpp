@@ -21,11 +21,12 @@ namespace {
 #include "attention.h"
 #include "hashing.h"
 #include "elementwise.h"
+#include "sample.h"
 }  // namespace
 
 extern const Kernels THRESHER_JOIN(kernels_, THRESHER_ISA_NAME);
 const Kernels THRESHER_JOIN(kernels_, THRESHER_ISA_NAME) = {
     THRESHER_TEXT(THRESHER_ISA_NAME), linear, attend, scratch_bytes, rms_norm, rope, read_memory,
-    project, codes, tables,
+    project, codes, tables, sample_scratch_bytes, sample,
 };
 }  // namespace thresher

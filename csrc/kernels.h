@@ -265,6 +265,25 @@ struct Tables {
   int threads;
 };
 
+// ---- sampling -------------------------------------------------------------------------------------------------------
+
+// A token for each row of logits. Edits make a logit x into (x < 0 ? x * factor : x / factor) + offset; then come
+// temperature, top-k, top-p and min-p in transformers' order and meaning, and one draw by the row's uniform number.
+struct Sample {
+  const float* logits;
+  int64_t stride, rows, vocab;                            // stride: elements between rows, 0 if all are one
+  const double *temperature, *top_p, *min_p, *uniform;    // [rows]; temperature 0: the largest, the first among equals
+  const int64_t* top_k;                                   // [rows]; 0: off
+  const int64_t* first_edit;                              // [rows + 1]: where a row's edits begin
+  const int32_t* edit_ids;
+  const float *edit_factors, *edit_offsets;
+  const uint8_t* wants_logsumexp;  // [rows]
+  double* logsumexp;               // [rows], of the logits before edits, where wanted
+  int32_t* tokens;                 // [rows]; -1: the largest logit is not a number, or some logit is NaN
+  char* scratch;                   // threads * sample_scratch_bytes(vocab), 64-byte aligned
+  int threads;
+};
+
 // Carves aligned arrays out of memory; with none, only counts bytes.
 struct Carver {
   char* at;
@@ -287,6 +306,8 @@ struct Kernels {
   void (*project)(const Project&);
   void (*codes)(const Codes&);
   void (*tables)(const Tables&);
+  int64_t (*sample_scratch_bytes)(int64_t vocab);  // of one thread
+  void (*sample)(const Sample&);
 };
 
 const Kernels* find_kernels(const char* name);  // null: not built, or not supported by this processor

@@ -26,7 +26,7 @@ from thresher.engine.pacing import Chunk, Pace
 from thresher.engine.requests import Event, PromptUsage, Request
 from thresher.engine.runner import Runner, Work
 from thresher.engine.sample import Holder, Sample
-from thresher.engine.sampler import Choice, SampleState, choose, prompt_choices
+from thresher.engine.sampler import Choice, SampleState, choose, prompt_logprobs
 from thresher.engine.stopping import TextStream
 from thresher.errors import CapacityError, UsageError
 
@@ -315,7 +315,7 @@ class Scheduler:
         prompt.done += n
         if request.params.prompt_logprobs is not None and not request.grow:
             following = list(request.token_ids[prompt.done - n + 1 : prompt.done + 1])
-            prompt.logprobs += prompt_choices(logits[: len(following)], following, request.params.prompt_logprobs)
+            prompt.logprobs += prompt_logprobs(logits[: len(following)], following, request.params.prompt_logprobs)
         if request.grow:
             event = Event(request.id, 0, prompt_done=prompt.sequence.length)
             if prompt.left:
@@ -335,7 +335,7 @@ class Scheduler:
 
     def _start_if_indexed(self, prompt: _Prompt, ready: list[tuple[Sample, torch.Tensor]]) -> list[Event]:
         """Start the samples of a prompt that is read. Several share its index, so they wait until it is built."""
-        request, params = prompt.request, prompt.request.params
+        request, params = prompt.request, prompt.request.params.with_seed()
         if params.n > 1 and not self._indexed(prompt, request.method):
             return []
         assert prompt.logits is not None

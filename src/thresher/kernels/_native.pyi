@@ -142,6 +142,29 @@ def rope(
     threads: int,
     /,
 ) -> None: ...
+def sample_scratch_bytes(kernels: KernelSet, vocab: int, /) -> int: ...
+def sample(
+    kernels: KernelSet,
+    logits: int,
+    stride: int,
+    rows: int,
+    vocab: int,
+    temperature: int,
+    top_k: int,
+    top_p: int,
+    min_p: int,
+    uniform: int,
+    first_edit: int,
+    edit_ids: int,
+    edit_factors: int,
+    edit_offsets: int,
+    wants_logsumexp: int,
+    logsumexp: int,
+    tokens: int,
+    scratch: int,
+    threads: int,
+    /,
+) -> None: ...
 def read_memory(kernels: KernelSet, data: int, count: int, threads: int, /) -> float: ...
 def project(
     kernels: KernelSet,
