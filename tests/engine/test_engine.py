@@ -13,9 +13,9 @@ from conftest import byte_tokenizer, tiny_module
 from thresher import LLM, SamplingParams
 from thresher.cache.sequence import KVSequence, resident_bytes
 from thresher.engine import documents
-from thresher.engine.runner import Work
 from thresher.engine.memory import MemoryAccount
 from thresher.engine.requests import Request
+from thresher.engine.runner import Work
 from thresher.engine.scheduler import Scheduler
 from thresher.errors import CapacityError, KVFileBusyError, KVFileMismatchError, UsageError
 
@@ -296,7 +296,7 @@ def test_many_threads_share_one_engine(tiny):
     alone = [tiny.generate([p], s)[0][0].token_ids for p, s in zip(prompts(), SAMPLED, strict=True)]
     with ThreadPoolExecutor(5) as pool:
         for _ in range(3):
-            answers = pool.map(lambda ps: tiny.generate([ps[0]], ps[1])[0][0].token_ids, zip(prompts(), SAMPLED))
+            answers = pool.map(lambda ids, params: tiny.generate([ids], params)[0][0].token_ids, prompts(), SAMPLED)
             assert list(answers) == alone
 
 

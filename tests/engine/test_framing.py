@@ -119,7 +119,13 @@ def test_texts_that_cannot_be_used():
                 make(tokenizer, "a\udcff", framing)
             with pytest.raises(UsageError, match="empty"):
                 make(tokenizer, "", framing)
-    for messages in ([], [{"role": "user"}], ["hi"], [{"role": "user", "content": 3}], [{"role": "user", "content": " "}]):
+    for messages in (
+        [],
+        [{"role": "user"}],
+        ["hi"],
+        [{"role": "user", "content": 3}],
+        [{"role": "user", "content": " "}],
+    ):
         with pytest.raises(UsageError, match=r"empty|a message is"):
             conversation_tokens(tokenizer, messages)
     assert document_tokens(tokenizer, "\ufeffa", "plain") == document_tokens(tokenizer, "a", "plain")

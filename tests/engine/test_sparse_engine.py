@@ -8,8 +8,8 @@ from thresher import LLM, SamplingParams
 from thresher.attention.index import Index
 from thresher.attention.registry import METHODS, parse_method
 from thresher.cache.sequence import KVSequence
-from thresher.engine.runner import Work
 from thresher.engine.requests import Request
+from thresher.engine.runner import Work
 
 READ = "sinks=2,window=16,dense_layers=none,dense_below=0"
 SPARSE = {

@@ -94,11 +94,17 @@ def test_the_space_before_the_first_word_is_kept():
 def test_a_context_that_ends_inside_of_a_character():
     first, second = BYTES.encode("é", add_special_tokens=False)
     stream = TextStream(BYTES, context=[first])
-    assert stream.push(second) + stream.push(BYTES.encode("a", add_special_tokens=False)[0]) + stream.finish() == "\ufffda"
+    assert (
+        stream.push(second) + stream.push(BYTES.encode("a", add_special_tokens=False)[0]) + stream.finish() == "\ufffda"
+    )
 
 
 def test_special_tokens_can_be_stop_strings():
-    ids = [*BYTES.encode("ab", add_special_tokens=False), BYTES.eos_token_id, *BYTES.encode("cd", add_special_tokens=False)]
+    ids = [
+        *BYTES.encode("ab", add_special_tokens=False),
+        BYTES.eos_token_id,
+        *BYTES.encode("cd", add_special_tokens=False),
+    ]
     free, _ = stream_all(BYTES, ids)
     assert free.text == "abcd"
     for stop in (("</s>",), ("b</s>c",), ("zz", "</s>c")):

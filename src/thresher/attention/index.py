@@ -111,7 +111,9 @@ class Index:
         for i, (begin, end) in enumerate(bounds):
             if begin != reached or type(end) is not int or not begin < end <= length or (end - begin) % GROUP:
                 raise ValueError("blocks do not follow each other")
-            block = Block(begin, end, {n.partition("/")[2]: t for n, t in arrays.items() if n.startswith(f"{i}/")}, mapped=True)
+            block = Block(
+                begin, end, {n.partition("/")[2]: t for n, t in arrays.items() if n.startswith(f"{i}/")}, mapped=True
+            )
             check_block(block)
             index.blocks.append(block)
             reached = end

@@ -95,9 +95,7 @@ def open_document(
     return Context(sequence, info.framing, info.source), _remark(runner, path, sequence, method)
 
 
-def save_document(
-    runner: Runner, context: Context, path: Path, identity: Identity, method: AttentionMethod
-) -> None:
+def save_document(runner: Runner, context: Context, path: Path, identity: Identity, method: AttentionMethod) -> None:
     """Keep a context and the method's index of it as a KV file."""
     index = runner.prepare(context.sequence, method)
     save(

@@ -162,7 +162,5 @@ def _special_ids(tokenizer: Any) -> frozenset[int]:
 def _encode(tokenizer: Any, text: str, first: bool = False, written: bool = False) -> list[int]:
     """first: with what the tokenizer puts before a text. written: by people, so that control tokens are mere text."""
     with _encoding:
-        ids: list[int] = tokenizer.encode(
-            text, add_special_tokens=first, split_special_tokens=written, verbose=False
-        )
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=first, split_special_tokens=written, verbose=False)
     return ids

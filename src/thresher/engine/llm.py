@@ -40,7 +40,7 @@ from thresher.models.resolve import DEFAULT_MODEL, resolve
 
 __all__ = ["LLM", "Completion", "Context"]
 
-Prompts = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
+Prompts = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | Sequence[str | Sequence[int]]
 Messages = Sequence[Mapping[str, str]]
 Params = SamplingParams | Sequence[SamplingParams] | None
 
@@ -120,8 +120,8 @@ class LLM:
         texts as a user's message. attention: another method than the model's own.
 
         With one `params` for several prompts each draws random numbers of its own; with a list, a prompt's answer
-        depends on its own seed alone. A prompt that fails while others run has completions whose finish_reason is "error"; if all fail, the first
-        error is raised.
+        depends on its own seed alone. A prompt that fails while others run has completions whose finish_reason is
+        "error"; if all fail, the first error is raised.
         """
         listed = _prompts(prompts)
         return collect(self.stream(listed, params, framing, attention=attention), len(listed))
@@ -187,9 +187,7 @@ class LLM:
         self.engine.check(self._document_request(KVSequence(self.runner.layout), token_ids))
         source = source_of(name, text)
         if path is None:
-            context = read_document(
-                self.runner, self._prefill, token_ids, source, framing, self.attention, progress
-            )
+            context = read_document(self.runner, self._prefill, token_ids, source, framing, self.attention, progress)
         else:
             info = KVFileInfo(self.identity, self.runner.layout, len(token_ids), self.model.weights, framing, source)
             context = read_into_file(

@@ -229,8 +229,8 @@ class Scheduler:
     def _no_room(self, needed: int) -> CapacityError:
         held, budget = self._memory.held, self._memory.budget
         return CapacityError(
-            f"{needed / 2**20:.0f} MiB of KV cache are needed, and open contexts hold {held / 2**20:.0f} of the budget of "
-            f"{budget / 2**20:.0f} MiB; close some or raise --kv-budget"
+            f"{needed / 2**20:.0f} MiB of KV cache are needed, and open contexts hold {held / 2**20:.0f} of the "
+            f"budget of {budget / 2**20:.0f} MiB; close some or raise --kv-budget"
         )
 
     def _start(self, request: Request, limit: int, needed: int) -> list[Event]:
@@ -379,9 +379,7 @@ class Scheduler:
 
     # Passes ----------------------------------------------------------------------------------------------------------
 
-    def _run(
-        self, works: Sequence[Work], captured: list[tuple[int, _Prompt, int]]
-    ) -> list[torch.Tensor | Exception]:
+    def _run(self, works: Sequence[Work], captured: list[tuple[int, _Prompt, int]]) -> list[torch.Tensor | Exception]:
         """The logits that each work wants, or what went wrong with it: a pass that fails is made again one by one."""
         try:
             if captured:
@@ -395,7 +393,7 @@ class Scheduler:
             if len(works) == 1:
                 return [error]
             return [result for work in works for result in self._run([work], [])]
-        return list(logits.split([work.logits for work in works]))
+        return list(torch.split(logits, [work.logits for work in works]))
 
     def _join(self, sample: Sample, decoding: list[Sample]) -> list[Event]:
         if self._indexed(sample, sample.request.method):

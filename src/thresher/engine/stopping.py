@@ -12,8 +12,8 @@ class TextStream:
     """Decodes a sequence token by token. `text` is all that was given out; `matched` the stop string that ended it.
 
     Special tokens are not given out, but stop strings see them by their text. The work is proportional to the number of
-    tokens: each step decodes only the tokens since the last one that decoded cleanly, in the context of the piece before
-    (tokenizers drop or add a leading space without it).
+    tokens: each step decodes only the tokens since the last one that decoded cleanly, in the context of the piece
+    before (tokenizers drop or add a leading space without it).
     """
 
     def __init__(

@@ -92,6 +92,7 @@ def load(
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
             )
         _check_tensors(source.folder, info)
         return module.eval()
