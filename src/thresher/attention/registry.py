@@ -5,6 +5,7 @@ import math
 from dataclasses import fields
 from typing import Any
 
+from thresher.attention import DEFAULT_ATTENTION as DEFAULT_ATTENTION
 from thresher.attention.auto import Auto
 from thresher.attention.base import AttentionMethod
 from thresher.attention.block_topk import BlockTopK

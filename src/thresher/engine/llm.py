@@ -151,7 +151,8 @@ class LLM:
             self._prefill(sequence, token_ids, progress)
             self.runner.prepare(sequence, self.attention)
             return Context(sequence, framing, source)
-        info = KVFileInfo(self.identity, self.runner.layout, len(token_ids), self.model.weights, framing, source)
+        layout, weights, model = self.runner.layout, self.model.weights, self.source.reference
+        info = KVFileInfo(self.identity, layout, len(token_ids), weights, framing, source, model)
         with KVFileWriter(Path(path), info, token_ids, resume) as writer:
             sequence = writer.load()
             progress(sequence.length, len(token_ids))
@@ -219,6 +220,7 @@ class LLM:
             weights=self.model.weights,
             framing=context.framing,
             source=context.source,
+            model=self.source.reference,
             arrays=index.state() if index else None,
         )
 
