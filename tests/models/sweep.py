@@ -102,7 +102,7 @@ def shrink(config, fixes):
             continue
         if name in TELLING:
             arguments[name] = TELLING[name]
-        elif isinstance(value, int) and not isinstance(value, bool) or value is None:
+        elif (isinstance(value, int) and not isinstance(value, bool)) or value is None:
             sizes = (size for pattern, size in SHRUNK if re.fullmatch(pattern, name))
             if (size := next(sizes, None)) is not None and (value is not None or name == "head_dim"):
                 arguments[name] = size

@@ -25,7 +25,6 @@ METHODS: dict[str, type[AttentionMethod]] = {
     for method in (Dense, Auto, LSH, Sign, Verified, Clusters, Quest, BlockTopK, SnapKV, Streaming, TopK, Sample)
 }
 
-DEFAULT_ATTENTION = "auto"  # wherever nothing else is asked for
 
 
 def parse_method(text: str) -> AttentionMethod:

@@ -94,10 +94,11 @@ def save(
     weights: str,
     framing: str,
     source: Source | None = None,
+    model: str = "",
     arrays: Arrays | None = None,
 ) -> None:
     """Write a sequence as a file; the file appears whole or not at all. Raises StorageError, KVFileBusyError."""
-    info = KVFileInfo(identity, sequence.layout, sequence.length, weights, framing, source)
+    info = KVFileInfo(identity, sequence.layout, sequence.length, weights, framing, source, model)
     with KVFileWriter(path, info, sequence.token_ids, resume=False) as writer:
         writer.write(sequence, sequence.length)
         writer.finish(arrays)

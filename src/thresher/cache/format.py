@@ -52,7 +52,11 @@ class Source:
 
 @dataclass(frozen=True)
 class KVFileInfo:
-    """What the header of a KV file says. `weights`: of the model that wrote it; `framing`: how the text was wrapped."""
+    """What the header of a KV file says.
+
+    weights: number format of the model that wrote it; framing: how the text was wrapped; model: where that model was
+    found, a hub id or an absolute path ("" in files of before this was kept).
+    """
 
     identity: Identity
     layout: KVLayout
@@ -60,6 +64,7 @@ class KVFileInfo:
     weights: str
     framing: str
     source: Source | None
+    model: str = ""
 
     @property
     def blocks(self) -> int:
@@ -98,6 +103,7 @@ def describe(info: KVFileInfo) -> dict[str, Any]:
         "weights": info.weights,
         "framing": info.framing,
         "source": asdict(info.source) if info.source else None,
+        "model": info.model,
     }
 
 
@@ -164,7 +170,7 @@ def decode_info(fields: Mapping[str, Any]) -> KVFileInfo:
         head_dim=number("head_dim", 1, 1 << 16),
         dtype=_DTYPES[fields["dtype"]],
     )
-    named = texts({name: fields[name] for name in ("weights", "framing")})
+    named = texts({name: fields[name] for name in ("weights", "framing")} | {"model": fields.get("model", "")})
     return KVFileInfo(
         identity=Identity(**texts(fields["identity"])),
         layout=layout,

@@ -1,15 +1,21 @@
 """The command line: one file a command, no logic of its own."""
 
+import sys
+
 import typer
 
+from thresher.cli import start
 from thresher.cli.ask import ask
 from thresher.cli.bench import bench
 from thresher.cli.doctor import doctor
 from thresher.cli.eval import evaluate
 from thresher.cli.fidelity import fidelity
 from thresher.cli.generate import generate
+from thresher.cli.info import info
 from thresher.cli.methods import methods
+from thresher.cli.options import with_options
 from thresher.cli.read import read
+from thresher.cli.streams import prepare_streams
 
 app = typer.Typer(
     name="thresher",
@@ -17,17 +23,15 @@ app = typer.Typer(
     "Start with: thresher read BOOK.txt -o book.kv, then: thresher ask book.kv 'What happens?'",
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_enable=False,
 )
-app.command()(read)
-app.command()(ask)
-app.command()(generate)
-app.command()(methods)
-app.command()(doctor)
-evaluate.command()(fidelity)
+for command in (read, ask, generate, info, methods, doctor):
+    app.command()(with_options(command))
+evaluate.command()(with_options(fidelity))
 app.add_typer(bench, name="bench")
 app.add_typer(evaluate, name="eval")
 
 
 def main() -> None:
-    app()
+    """The process `thresher`."""
+    prepare_streams()
+    sys.exit(start.run(app, sys.argv[1:]))

@@ -5,9 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
+from thresher.attention import DEFAULT_ATTENTION
 from thresher.cli import options as o
 from thresher.cli.eval import named_text
-from thresher.cli.terminal import clear_errors, say, write_json
+from thresher.cli.terminal import say, write_json
 
 bench = typer.Typer(help="Measure speed against what the machine could do at best, and against other engines.")
 
@@ -25,6 +26,7 @@ Rounds = Annotated[int, typer.Option(help="Turns each engine gets.", min=1)]
 
 
 @bench.command()
+@o.with_options
 def decode(
     contexts: Annotated[str, typer.Option(help="Tokens in the cache, e.g. 512,2048,8192.")] = "512,2048,8192",
     batch: Annotated[str, typer.Option(help="Sequences decoded together, e.g. 1,8.")] = "1",
@@ -41,13 +43,14 @@ def decode(
     text: Annotated[
         Path | None, typer.Option(help="What the cache is read from. Default: Paradise Lost, fetched once.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw time against context, with floors, into this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw time against context, with floors, into this file.", callback=o.writable)
+    ] = None,
     model: o.Model = "smollm2-135m-instruct",
     weights: o.Weights = "bf16",
     attention: Methods = None,
     threads: o.Threads = None,
     json: o.Json = None,
-    debug: o.Debug = False,
 ) -> None:
     """Time one token at several context lengths.
 
@@ -55,29 +58,27 @@ def decode(
 
     The floor is the time that reading weights, rows and indexes takes at the measured read bandwidth.
     """
-    with clear_errors(debug):
-        from thresher.attention.dense import Dense
-        from thresher.attention.registry import parse_method
-        from thresher.evaluation.bench import bench_decode
+    from thresher.attention.dense import Dense
+    from thresher.attention.registry import parse_method
+    from thresher.evaluation.bench import bench_decode
 
-        lengths, batches = o.numbers("contexts", contexts), o.numbers("batch", batch)
-        parts = [part.strip() for listed in attention or ["dense"] for part in listed.split(";")]
-        methods = [parse_method(part) for part in parts if part]
-        content = named_text(text)[1] if text or any(method != Dense() for method in methods) else None
-        above = SYNTHETIC_ABOVE if synthetic_cache else None
-        llm, others = _prepare(model, weights, threads, peers)
-        rows = _report(
-            bench_decode(llm, lengths, batches, methods, others, rounds, say, content, above), json, "tokens"
-        )
-        if above and max(lengths) > above:
-            say(f"contexts above {above} tokens are synthetic: rows drawn like those of a text, and times only")
-        if plot:
-            from thresher.evaluation.plots import plot_timings
+    lengths, batches = o.numbers("contexts", contexts), o.numbers("batch", batch)
+    parts = [part.strip() for listed in attention or ["dense"] for part in listed.split(";")]
+    methods = [parse_method(part) for part in parts if part]
+    content = named_text(text)[1] if text or any(method != Dense() for method in methods) else None
+    above = SYNTHETIC_ABOVE if synthetic_cache else None
+    llm, others = _prepare(model, weights, threads, peers)
+    rows = _report(bench_decode(llm, lengths, batches, methods, others, rounds, say, content, above), json, "tokens")
+    if above and max(lengths) > above:
+        say(f"contexts above {above} tokens are synthetic: rows drawn like those of a text, and times only")
+    if plot:
+        from thresher.evaluation.plots import plot_timings
 
-            plot_timings([timing for timing, _ in rows], plot)
+        plot_timings([timing for timing, _ in rows], plot)
 
 
 @bench.command()
+@o.with_options
 def attention(
     contexts: Annotated[str, typer.Option(help="Tokens in the cache, e.g. 32768,131072.")] = "32768",
     heads: Annotated[str, typer.Option(help="Query heads x KV heads x head_dim.")] = "32x8x128",
@@ -85,34 +86,33 @@ def attention(
     rounds: Rounds = 10,
     threads: o.Threads = None,
     json: o.Json = None,
-    debug: o.Debug = False,
 ) -> None:
     """Time attention alone, one layer, over synthetic keys and values in bf16. Dense is always run too.
 
     thresher bench attention --heads 32x8x128 --contexts 131072 --attention "auto;lsh:K=10,L=110"
     """
-    with clear_errors(debug):
-        import torch
+    import torch
 
-        from thresher.errors import UsageError
-        from thresher.evaluation.attention_bench import bench_attention
-        from thresher.evaluation.methods import parse_methods
-        from thresher.kernels.attention import Heads
+    from thresher.errors import UsageError
+    from thresher.evaluation.attention_bench import bench_attention
+    from thresher.evaluation.methods import parse_methods
+    from thresher.kernels.attention import Heads
 
-        lengths = o.numbers("contexts", contexts)
-        numbers = o.numbers("heads", heads.replace("x", ","))
-        if len(numbers) != 3 or numbers[0] % numbers[1]:
-            raise UsageError(f"--heads {heads}: give query heads x KV heads x head_dim, e.g. 32x8x128")
-        methods = parse_methods(attention or ["auto"])
-        if threads:
-            torch.set_num_threads(threads)
-        rows = [row for n in lengths for row in bench_attention(Heads(*numbers), n, methods, rounds, say)]
-        if str(json) != "-":
-            _attention_table(rows)
-        write_json(json, [asdict(row) for row in rows])
+    lengths = o.numbers("contexts", contexts)
+    numbers = o.numbers("heads", heads.replace("x", ","))
+    if len(numbers) != 3 or numbers[0] % numbers[1]:
+        raise UsageError(f"--heads {heads}: give query heads x KV heads x head_dim, e.g. 32x8x128")
+    methods = parse_methods(attention or [DEFAULT_ATTENTION])
+    if threads:
+        torch.set_num_threads(threads)
+    rows = [row for n in lengths for row in bench_attention(Heads(*numbers), n, methods, rounds, say)]
+    if str(json) != "-":
+        _attention_table(rows)
+    write_json(json, [asdict(row) for row in rows])
 
 
 @bench.command()
+@o.with_options
 def prefill(
     lengths: Annotated[str, typer.Option(help="Tokens of the prompt, e.g. 2048,6000.")] = "2048,6000",
     peers: Peers = "",
@@ -121,24 +121,22 @@ def prefill(
     weights: o.Weights = "bf16",
     threads: o.Threads = None,
     json: o.Json = None,
-    debug: o.Debug = False,
 ) -> None:
     """Time reading a whole prompt.
 
     The floor is the time its arithmetic takes at the measured rate of our own matrix product.
     """
-    with clear_errors(debug):
-        from thresher.evaluation.bench import bench_prefill
+    from thresher.evaluation.bench import bench_prefill
 
-        counts = o.numbers("lengths", lengths)
-        llm, others = _prepare(model, weights, threads, peers)
-        _report(bench_prefill(llm, counts, others, rounds, say), json, "tokens")
+    counts = o.numbers("lengths", lengths)
+    llm, others = _prepare(model, weights, threads, peers)
+    _report(bench_prefill(llm, counts, others, rounds, say), json, "tokens")
 
 
 def _prepare(model: str, weights: str, threads: int | None, peers: str) -> tuple[Any, dict[str, Callable[[], Any]]]:
     from thresher.evaluation.peers import make_peers
 
-    llm = o.ModelOptions(model, weights, "dense", None, threads, True, False).load()
+    llm = o.Running(threads=threads, allow_extrapolation=True).load(model, weights, "dense")
     import torch
 
     names = [p for p in peers.split(",") if p]

@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from thresher.attention import DEFAULT_ATTENTION
 from thresher.cli import options as o
 from thresher.cli.read import MOST_BYTES
-from thresher.cli.terminal import clear_errors, progress_bar, read_text, say, write_json
+from thresher.cli.terminal import one_line, progress_bar, read_text, say, write_json
 
 if TYPE_CHECKING:
     from thresher.evaluation.journal import Journal
@@ -21,20 +22,23 @@ Methods = Annotated[
     typer.Option(
         "--attention",
         help="Methods to compare, separated by ; or given several times, e.g. "
-        "'streaming:window=512;streaming:window=2048'. Dense is always run too.",
+        f"'streaming:window=512;streaming:window=2048'. Default: {DEFAULT_ATTENTION}. Dense is always run too.",
     ),
 ]
 JournalFile = Annotated[
     Path | None,
     typer.Option(
         help="Where results are kept as they come: the same command goes on from it when it was interrupted. "
-        "Default: beside --json FILE until that is written."
+        "Default: beside --json FILE until that is written.",
+        callback=o.writable,
     ),
 ]
 
 
 @evaluate.command()
+@o.with_options
 def ruler(
+    *,
     attention: Methods = None,
     lengths: Annotated[str, typer.Option(help="Tokens of prompt and answer together, e.g. 4096,8192.")] = "4096",
     samples: Annotated[int, typer.Option(help="Prompts of each task and length.", min=1)] = 10,
@@ -56,12 +60,8 @@ def ruler(
     journal: JournalFile = None,
     model: o.Model = "smollm2-135m-instruct",
     weights: o.Weights = "bf16",
-    kv_budget: o.KVBudget = None,
-    threads: o.Threads = None,
-    allow_extrapolation: o.Extrapolate = False,
-    trust_remote_code: o.RemoteCode = False,
+    running: o.Running,
     json: o.Json = None,
-    debug: o.Debug = False,
 ) -> None:
     """Score methods on the 13 tasks of RULER: needles, variable tracking, common and frequent words, questions.
 
@@ -70,65 +70,65 @@ def ruler(
     Every prompt is read densely once; each method then answers from it. Scores are per cent of the references found,
     with 95 % bootstrap intervals; differences are to dense on the same prompts.
     """
-    with clear_errors(debug):
-        from thresher.engine.framing import default_framing
-        from thresher.evaluation.journal import Journal
-        from thresher.evaluation.methods import parse_methods
-        from thresher.evaluation.ruler.run import run_settings, run_tasks
-        from thresher.evaluation.ruler.sources import Sources, read_questions
-        from thresher.evaluation.ruler.summary import notes, summarize
-        from thresher.evaluation.ruler.tasks import choose_tasks
+    from thresher.engine.framing import default_framing
+    from thresher.evaluation.journal import Journal
+    from thresher.evaluation.methods import parse_methods
+    from thresher.evaluation.ruler.run import run_settings, run_tasks
+    from thresher.evaluation.ruler.sources import Sources, read_questions
+    from thresher.evaluation.ruler.summary import notes, summarize
+    from thresher.evaluation.ruler.tasks import choose_tasks
 
-        methods = parse_methods(attention or [])
-        counts = o.numbers("lengths", lengths)
-        chosen = choose_tasks([t.strip() for t in tasks.split(",") if t.strip()])
-        sources = Sources(*named_text(haystack), questions=read_questions(qa or []))
-        options = o.ModelOptions(model, weights, "dense", kv_budget, threads, allow_extrapolation, trust_remote_code)
-        llm = options.load()
-        framing = "plain" if plain else default_framing(llm.model.tokenizer)
-        settings = run_settings(llm, sources, framing)
-        outcomes = []
-        with Journal(journal_path(journal, json), settings) as kept, progress_bar("eval ruler") as bar:
-            say_resumed(kept)
-            for outcome in run_tasks(
-                llm,
-                chosen,
-                counts,
-                samples,
-                methods,
-                sources,
-                framing=framing,
-                seed=seed,
-                journal=kept,
-                progress=bar,
-            ):
-                outcomes.append(outcome)
-        rows = summarize(outcomes, seed)
-        remarks = notes(rows, chosen, sources)
-        if str(json) != "-":
-            _ruler_table(rows)
-        for remark in remarks:
-            say(remark)
-        write_json(
-            json,
-            {
-                "model": llm.model.name,
-                "haystack": sources.name,
-                "seed": seed,
-                "notes": remarks,
-                "settings": settings,
-                "summaries": [asdict(row) for row in rows],
-                "outcomes": [asdict(outcome) for outcome in outcomes],
-            },
-        )
-        drop_journal(journal, json)
+    methods = parse_methods(attention or [DEFAULT_ATTENTION])
+    counts = o.numbers("lengths", lengths)
+    chosen = choose_tasks([t.strip() for t in tasks.split(",") if t.strip()])
+    sources = Sources(*named_text(haystack), questions=read_questions(qa or []))
+    llm = running.load(model, weights, "dense")
+    framing = "plain" if plain else default_framing(llm.model.tokenizer)
+    settings = run_settings(llm, sources, framing)
+    outcomes = []
+    with Journal(journal_path(journal, json), settings) as kept, progress_bar("eval ruler") as bar:
+        say_resumed(kept)
+        for outcome in run_tasks(
+            llm,
+            chosen,
+            counts,
+            samples,
+            methods,
+            sources,
+            framing=framing,
+            seed=seed,
+            journal=kept,
+            progress=bar,
+        ):
+            outcomes.append(outcome)
+    rows = summarize(outcomes, seed)
+    remarks = notes(rows, chosen, sources)
+    if str(json) != "-":
+        _ruler_table(rows)
+    for remark in remarks:
+        say(remark)
+    write_json(
+        json,
+        {
+            "model": llm.model.name,
+            "haystack": sources.name,
+            "seed": seed,
+            "notes": remarks,
+            "settings": settings,
+            "summaries": [asdict(row) for row in rows],
+            "outcomes": [asdict(outcome) for outcome in outcomes],
+        },
+    )
+    drop_journal(journal, json)
 
 
 @evaluate.command()
+@o.with_options
 def perplexity(
     text: Annotated[
         Path | None, typer.Argument(help="A UTF-8 text file. Default: Paradise Lost, fetched once.")
     ] = None,
+    *,
     attention: Methods = None,
     context: Annotated[int, typer.Option(help="Tokens read densely before those that are scored.", min=1)] = 4096,
     tokens: Annotated[int, typer.Option(help="Tokens decoded and scored in each window.", min=1)] = 256,
@@ -136,12 +136,8 @@ def perplexity(
     journal: JournalFile = None,
     model: o.Model = "smollm2-135m-instruct",
     weights: o.Weights = "bf16",
-    kv_budget: o.KVBudget = None,
-    threads: o.Threads = None,
-    allow_extrapolation: o.Extrapolate = False,
-    trust_remote_code: o.RemoteCode = False,
+    running: o.Running,
     json: o.Json = None,
-    debug: o.Debug = False,
 ) -> None:
     """Perplexity of a text under several methods.
 
@@ -150,38 +146,36 @@ def perplexity(
     A context is read densely; the tokens after it are decoded one by one under each method, the right one given each
     time. The ratio to dense comes with a 95 % bootstrap interval over the same tokens.
     """
-    with clear_errors(debug):
-        import hashlib
+    import hashlib
 
-        from thresher.evaluation.journal import Journal
-        from thresher.evaluation.methods import parse_methods
-        from thresher.evaluation.perplexity import run_settings, score_windows, summarize, text_windows
+    from thresher.evaluation.journal import Journal
+    from thresher.evaluation.methods import parse_methods
+    from thresher.evaluation.perplexity import run_settings, score_windows, summarize, text_windows
 
-        methods = parse_methods(attention or [])
-        name, content = named_text(text)
-        options = o.ModelOptions(model, weights, "dense", kv_budget, threads, allow_extrapolation, trust_remote_code)
-        llm = options.load()
-        ids = llm.model.tokenizer.encode(content, add_special_tokens=False, verbose=False)
-        parts = text_windows(ids, context, tokens, windows)
-        digest = hashlib.sha256(content.encode()).hexdigest()
-        settings = run_settings(llm, digest, context, tokens, windows)
-        with Journal(journal_path(journal, json), settings) as kept, progress_bar("eval perplexity") as bar:
-            say_resumed(kept)
-            scores = list(score_windows(llm, parts, context, methods, journal=kept, progress=bar))
-        rows = summarize(scores)
-        if str(json) != "-":
-            _perplexity_table(rows)
-        write_json(
-            json,
-            {
-                "model": llm.model.name,
-                "text": name,
-                "settings": settings,
-                "summaries": [asdict(row) for row in rows],
-                "windows": [asdict(score) for score in scores],
-            },
-        )
-        drop_journal(journal, json)
+    methods = parse_methods(attention or [DEFAULT_ATTENTION])
+    name, content = named_text(text)
+    llm = running.load(model, weights, "dense")
+    ids = llm.model.tokenizer.encode(content, add_special_tokens=False, verbose=False)
+    parts = text_windows(ids, context, tokens, windows)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    settings = run_settings(llm, digest, context, tokens, windows)
+    with Journal(journal_path(journal, json), settings) as kept, progress_bar("eval perplexity") as bar:
+        say_resumed(kept)
+        scores = list(score_windows(llm, parts, context, methods, journal=kept, progress=bar))
+    rows = summarize(scores)
+    if str(json) != "-":
+        _perplexity_table(rows)
+    write_json(
+        json,
+        {
+            "model": llm.model.name,
+            "text": name,
+            "settings": settings,
+            "summaries": [asdict(row) for row in rows],
+            "windows": [asdict(score) for score in scores],
+        },
+    )
+    drop_journal(journal, json)
 
 
 def named_text(path: Path | None) -> tuple[str, str]:
@@ -226,7 +220,9 @@ def _ruler_table(rows: "list[Summary]") -> None:
 
     for length, method in dict.fromkeys((row.length, row.method) for row in rows):
         title = f"{method}, {length} tokens"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table = Table(
+            title=one_line(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+        )
         table.add_column("task", no_wrap=True)
         for name in ("n", "score %", "- dense", "ms", "KV %"):
             table.add_column(name, justify="right", no_wrap=True)

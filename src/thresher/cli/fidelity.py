@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from thresher.attention import DEFAULT_ATTENTION
 from thresher.cli import options as o
 from thresher.cli.eval import JournalFile, Methods, drop_journal, journal_path, named_text, say_resumed
-from thresher.cli.terminal import clear_errors, progress_bar, say, write_json
+from thresher.cli.terminal import one_line, progress_bar, say, write_json
 
 if TYPE_CHECKING:
     from thresher.evaluation.fidelity import Fidelity, TokenScores
@@ -17,19 +18,18 @@ def fidelity(
         list[Path] | None,
         typer.Argument(help="UTF-8 text files, or paradise_lost, hamlet: fetched once. Default: the first."),
     ] = None,
+    *,
     attention: Methods = None,
     contexts: Annotated[str, typer.Option(help="Tokens read densely before those that are scored.")] = "6000",
     tokens: Annotated[int, typer.Option(help="Tokens decoded and scored after each context.", min=1)] = 64,
-    plot: Annotated[Path | None, typer.Option(help="Draw quality against bytes read into this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw quality against bytes read into this file.", callback=o.writable)
+    ] = None,
     journal: JournalFile = None,
     model: o.Model = "smollm2-135m-instruct",
     weights: o.Weights = "bf16",
-    kv_budget: o.KVBudget = None,
-    threads: o.Threads = None,
-    allow_extrapolation: o.Extrapolate = False,
-    trust_remote_code: o.RemoteCode = False,
+    running: o.Running,
     json: o.Json = None,
-    debug: o.Debug = False,
 ) -> None:
     """How near each method comes to dense attention, and what it reads for that.
 
@@ -38,46 +38,44 @@ def fidelity(
     The start of each text is read densely; the tokens after it are decoded one by one under each method, the right one
     given each time, and every next-token distribution is compared with that of dense attention.
     """
-    with clear_errors(debug):
-        import hashlib
+    import hashlib
 
-        from thresher.errors import UsageError
-        from thresher.evaluation.fidelity import run_settings, score_text, summarize
-        from thresher.evaluation.journal import Journal
-        from thresher.evaluation.methods import parse_methods
+    from thresher.errors import UsageError
+    from thresher.evaluation.fidelity import run_settings, score_text, summarize
+    from thresher.evaluation.journal import Journal
+    from thresher.evaluation.methods import parse_methods
 
-        methods = parse_methods(attention or ["auto"])
-        lengths = o.numbers("contexts", contexts)
-        named = [named_text(path) for path in texts] if texts else [named_text(None)]
-        chosen = o.ModelOptions(model, weights, "dense", kv_budget, threads, allow_extrapolation, trust_remote_code)
-        llm = chosen.load()
-        settings = run_settings(llm, {name: hashlib.sha256(text.encode()).hexdigest() for name, text in named}, tokens)
-        scores: list[TokenScores] = []
-        with Journal(journal_path(journal, json), settings) as kept, progress_bar("eval fidelity") as bar:
-            say_resumed(kept)
-            for name, text in named:
-                ids = llm.model.tokenizer.encode(text, verbose=False)
-                for length in lengths:
-                    if len(ids) < length + tokens + 1:
-                        raise UsageError(f"{name} has {len(ids)} tokens; {length} + {tokens} + 1 are needed")
-                    scores += score_text(llm, name, ids, length, tokens, methods, journal=kept, progress=bar)
-        rows = summarize(scores)
-        if plot:
-            from thresher.evaluation.plots import plot_fidelity
+    methods = parse_methods(attention or [DEFAULT_ATTENTION])
+    lengths = o.numbers("contexts", contexts)
+    named = [named_text(path) for path in texts] if texts else [named_text(None)]
+    llm = running.load(model, weights, "dense")
+    settings = run_settings(llm, {name: hashlib.sha256(text.encode()).hexdigest() for name, text in named}, tokens)
+    scores: list[TokenScores] = []
+    with Journal(journal_path(journal, json), settings) as kept, progress_bar("eval fidelity") as bar:
+        say_resumed(kept)
+        for name, text in named:
+            ids = llm.model.tokenizer.encode(text, verbose=False)
+            for length in lengths:
+                if len(ids) < length + tokens + 1:
+                    raise UsageError(f"{name} has {len(ids)} tokens; {length} + {tokens} + 1 are needed")
+                scores += score_text(llm, name, ids, length, tokens, methods, journal=kept, progress=bar)
+    rows = summarize(scores)
+    if plot:
+        from thresher.evaluation.plots import plot_fidelity
 
-            plot_fidelity(rows, plot)
-        if str(json) != "-":
-            _table(rows)
-        write_json(
-            json,
-            {
-                "model": llm.model.name,
-                "settings": settings,
-                "summaries": [asdict(row) for row in rows],
-                "scores": [asdict(score) for score in scores],
-            },
-        )
-        drop_journal(journal, json)
+        plot_fidelity(rows, plot)
+    if str(json) != "-":
+        _table(rows)
+    write_json(
+        json,
+        {
+            "model": llm.model.name,
+            "settings": settings,
+            "summaries": [asdict(row) for row in rows],
+            "scores": [asdict(score) for score in scores],
+        },
+    )
+    drop_journal(journal, json)
 
 
 def _table(rows: "list[Fidelity]") -> None:
@@ -87,7 +85,9 @@ def _table(rows: "list[Fidelity]") -> None:
 
     for text, context in dict.fromkeys((row.text, row.context) for row in rows):
         title = f"{text}, {context} tokens"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table = Table(
+            title=one_line(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+        )
         table.add_column("method", overflow="fold")
         for name in ("KL", "±", "most", "top1", "err %", "tok %", "KV %", "ms"):
             table.add_column(name, justify="right", no_wrap=True)

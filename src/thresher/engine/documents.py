@@ -95,8 +95,10 @@ def open_document(
     return Context(sequence, info.framing, info.source), _remark(runner, path, sequence, method)
 
 
-def save_document(runner: Runner, context: Context, path: Path, identity: Identity, method: AttentionMethod) -> None:
-    """Keep a context and the method's index of it as a KV file."""
+def save_document(
+    runner: Runner, context: Context, path: Path, identity: Identity, model: str, method: AttentionMethod
+) -> None:
+    """Keep a context and the method's index of it as a KV file. model: where it can be loaded from."""
     index = runner.prepare(context.sequence, method)
     save(
         path,
@@ -105,6 +107,7 @@ def save_document(runner: Runner, context: Context, path: Path, identity: Identi
         weights=runner.model.weights,
         framing=context.framing,
         source=context.source,
+        model=model,
         arrays=index.state() if index else None,
     )
 

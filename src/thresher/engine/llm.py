@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from thresher.attention import DEFAULT_ATTENTION
 from thresher.attention.base import AttentionMethod
-from thresher.attention.registry import DEFAULT_ATTENTION, parse_method
+from thresher.attention.registry import parse_method
 from thresher.cache.format import Identity, KVFileInfo
 from thresher.cache.sequence import KVSequence
 from thresher.engine.completion import Completion, collect
@@ -189,7 +190,8 @@ class LLM:
         if path is None:
             context = read_document(self.runner, self._prefill, token_ids, source, framing, self.attention, progress)
         else:
-            info = KVFileInfo(self.identity, self.runner.layout, len(token_ids), self.model.weights, framing, source)
+            layout, weights, model = self.runner.layout, self.model.weights, self.source.reference
+            info = KVFileInfo(self.identity, layout, len(token_ids), weights, framing, source, model)
             context = read_into_file(
                 self.runner, self._prefill, Path(path), info, token_ids, self.attention, resume, progress
             )
@@ -218,7 +220,7 @@ class LLM:
         """Keep a context, and the attention method's index of it, as a KV file. Raises StorageError or
         KVFileBusyError."""
         with self._preparing:
-            save_document(self.runner, context, Path(path), self.identity, self.attention)
+            save_document(self.runner, context, Path(path), self.identity, self.source.reference, self.attention)
 
     def ask(
         self,

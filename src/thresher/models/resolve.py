@@ -22,6 +22,13 @@ class ModelSource:
     folder: Path
     gguf: Path | None = None  # the file it was converted from
 
+    @property
+    def reference(self) -> str:
+        """What finds it again from any folder: an absolute path, a hub id or the name of the embedded model."""
+        if self.gguf:
+            return str(self.gguf.absolute()) if self.gguf.stem == self.name else self.name
+        return str(self.folder.absolute()) if self.folder.resolve().name == self.name else self.name
+
 
 def cache_folder() -> Path:
     """Where converted models live: $THRESHER_CACHE, else $XDG_CACHE_HOME/thresher, else ~/.cache/thresher."""
