@@ -51,7 +51,8 @@ class Runner:
     def run(self, batch: Sequence[Work]) -> torch.Tensor:
         """Append the tokens to their sequences. Returns float32 logits `[work items with logits, vocab]`, in order.
 
-        If the pass is interrupted, no sequence has changed (but for an index that may know more of its keys).
+        If the pass is interrupted, no sequence has gained or lost a token (its memory may have grown, and its index may
+        know more of its keys).
         """
         return self._run(batch, AttentionPlan(self.model.heads, self.model.dtype, self._workspace))
 
