@@ -6,6 +6,7 @@ from harness import Case, attend, check_step, close, normal, text_like
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from thresher.attention.base import parameter_types
 from thresher.attention.index import Index
 from thresher.attention.reference import kept_marks, unpack_directions, unpack_signs
 from thresher.attention.registry import METHODS, parse_method
@@ -347,6 +348,19 @@ def test_the_preset_reads_its_share_at_least():
     case = make("auto:budget=2,share=0.02,dense_below=0", Heads(6, 2, 16), 500, seed=14)
     assert case.reading.budget == 10
     check_step(case)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_largest_parameters(name):
+    """A step runs with every number that is not refused."""
+    for key, kind in parameter_types(METHODS[name]).items():
+        if kind is str:
+            continue
+        try:
+            text = str(parse_method(f"{name}:{key}={2**53 - 1}"))  # odd, as some must be
+        except UsageError:
+            continue
+        check_step(make(text, Heads(3, 1, 16), 400, seed=22))
 
 
 def test_an_index_serves_other_budgets_and_windows():

@@ -56,7 +56,8 @@ class Runner:
     def run(self, batch: Sequence[Work]) -> torch.Tensor:
         """Append the tokens to their sequences. Returns float32 logits `[rows that are wanted, vocab]`, in order.
 
-        If the pass is interrupted, no sequence holds more tokens than before (an index may know more of its keys).
+        If the pass is interrupted, no sequence has gained or lost a token (its memory may have grown, and its index may
+        know more of its keys).
         """
         return self._run(batch, self._plan())
 
