@@ -4,6 +4,7 @@ Run as a script, it writes the table of docs/models.md: `python tests/models/swe
 """
 
 import copy
+import itertools
 import os
 import re
 import sys
@@ -175,7 +176,7 @@ def ours(model, tokens):
     first, second = KVSequence(runner.layout), KVSequence(runner.layout)
     cuts = [0, 1, 2, 9, 24, 25, len(tokens)]
     rows = []
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in itertools.pairwise(cuts):
         piece = tokens[begin:end].tolist()
         logits = runner.run([Work(second, piece[::-1], True), Work(first, piece, True)])
         rows.append(logits[1])
