@@ -74,9 +74,10 @@ def _check_complete(path: Path, header: Header) -> None:
     parts = header.values.get("split.count", 0)
     if parts > 1:
         stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
+        last = f"{parts:05}-of-{parts:05}"
         raise ModelError(
-            f"{path} is one part of {parts}; join {stem}-00001-of-{parts:05}.gguf to {stem}-{parts:05}-of-{parts:05}.gguf "
-            f"with llama-gguf-split --merge, and give the joined file"
+            f"{path} is one part of {parts}: join {stem}-00001-of-{parts:05}.gguf to {stem}-{last}.gguf "
+            "with llama-gguf-split --merge, and give the joined file"
         )
 
 
@@ -86,7 +87,7 @@ def _convert(path: Path, header: Header, folder: Path, progress: Callable[[str],
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        # transformers goes by the suffix and looks in the working directory first: a link has the one and avoids the other.
+        # transformers goes by the suffix, and looks in the working directory first: the link's path settles both.
         with tempfile.TemporaryDirectory() as where, redirect_stderr(io.StringIO()):  # progress bars of its own
             link = Path(where) / "model.gguf"
             link.symlink_to(path.resolve())
@@ -214,7 +215,7 @@ def _rope_factors(path: Path, header: Header) -> tuple[float, ...]:
 
 
 def _llama3(factors: tuple[float, ...], theta: float, config: Any) -> dict[str, Any]:
-    """The llama3 parameters that give exactly these divisors of the frequencies. Raises ModelError if there are none."""
+    """The llama3 parameters that give exactly these divisors of the frequencies; ModelError if there are none."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     factor, low, high, original = max(factors), 1.0, 4.0, 8192  # all but the factor are the same in every Llama 3
     for i, found in enumerate(factors):
