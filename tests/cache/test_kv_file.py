@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from thresher.cache import file as kv
-from thresher.cache.format import MAGIC, Identity, KVFileInfo, Source, encode_header
+from thresher.cache.format import MAGIC, VERSION, Identity, KVFileInfo, Source, encode_header
 from thresher.cache.sequence import KVLayout, KVSequence
 from thresher.errors import (
     KVFileBusyError,
@@ -191,17 +191,17 @@ def test_hostile_headers_with_valid_checksums(tmp_path, field, value):
     if field:
         fields[field] = value
     body = json.dumps(fields if field else value).encode()
-    head = MAGIC + (1).to_bytes(4, "little") + len(body).to_bytes(4, "little") + body
+    head = MAGIC + VERSION.to_bytes(4, "little") + len(body).to_bytes(4, "little") + body
     (tmp_path / "y.kv").write_bytes(head + xxhash.xxh3_64_intdigest(head).to_bytes(8, "little") + bytes(5000))
-    with pytest.raises(KVFileError):
+    with pytest.raises(KVFileDamagedError):
         kv.open_kv(tmp_path / "y.kv")
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200))
 def test_random_bytes_after_the_magic(tmp_path, content):
-    (tmp_path / "y.kv").write_bytes(MAGIC + content)
-    with pytest.raises(KVFileError):
+    (tmp_path / "y.kv").write_bytes(MAGIC + VERSION.to_bytes(4, "little") + content)
+    with pytest.raises((KVFileDamagedError, NotAKVFileError)):
         kv.open_kv(tmp_path / "y.kv")
 
 

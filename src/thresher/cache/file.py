@@ -154,18 +154,20 @@ class KVFileWriter:
             raise ValueError("the sequence holds other tokens than the file")
         layout = self.info.layout
         row_bytes = layout.head_dim * layout.dtype.itemsize
+        checksums = list(self._checksums)  # the writer's own grow only once all is safe, so a failure can be repeated
         try:
             for begin in range(self.done, end, BLOCK):
                 stop = min(begin + BLOCK, end)
                 rows = sequence.rows(begin, stop)
-                self._checksums.append(block_checksum(self._token_ids[begin:stop], rows))
+                checksums.append(block_checksum(self._token_ids[begin:stop], rows))
                 for i, plane in enumerate(rows.flatten(0, 2)):
                     at = self._where.rows + (i * self.info.length + begin) * row_bytes
                     write_all(self._file, raw(plane.contiguous()), at)
             os.fsync(self._file.fileno())
-            self._write_note()
+            self._write_note(checksums)
         except OSError as error:
             raise _storage_error(self.path, error) from error
+        self._checksums = checksums
         self.done = end
 
     def finish(self, arrays: Arrays | None = None) -> None:
@@ -227,13 +229,13 @@ class KVFileWriter:
         self._file.truncate(0)
         os.posix_fallocate(self._file.fileno(), 0, self._where.end)
         write_all(self._file, memoryview(self._token_ids.tobytes()), self._where.tokens)
-        self._write_note()
+        self._write_note([])
 
     def _described(self) -> dict[str, Any]:
         return describe(self.info) | {"tokens": hashlib.sha256(self._token_ids.tobytes()).hexdigest()}
 
-    def _write_note(self) -> None:
-        text = json.dumps(self._described() | {"checksums": self._checksums})
+    def _write_note(self, checksums: list[int]) -> None:
+        text = json.dumps(self._described() | {"checksums": checksums})
         temporary = self._note.with_name(self._note.name + ".new")
         temporary.write_text(text)
         os.replace(temporary, self._note)
