@@ -141,7 +141,7 @@ def decode_header(file: BinaryIO, path: Path, file_bytes: int) -> tuple[KVFileIn
     if file_bytes < where.end:
         raise KVFileDamagedError(f"{path} is damaged: it has {file_bytes} bytes, its header says {where.end}")
     file.seek(where.end)
-    if (file_bytes > where.end and file.read(len(INDEX_MAGIC)) != INDEX_MAGIC):
+    if file_bytes > where.end and file.read(len(INDEX_MAGIC)) != INDEX_MAGIC:
         raise KVFileDamagedError(f"{path} is damaged: it has {file_bytes} bytes, its header says {where.end}")
     return info, checksums, where
 
