@@ -382,3 +382,31 @@ def test_damage_anywhere_in_an_index_is_found(tmp_path):
         (tmp_path / "c.kv").write_bytes(whole[:cut])
         with pytest.raises(KVFileDamagedError):
             kv.open_kv(tmp_path / "c.kv")
+
+
+def test_only_a_kv_file_is_replaced(tmp_path):
+    made = sequence(10)
+    (tmp_path / "book.txt").write_text("words")
+    (tmp_path / "link.kv").symlink_to(tmp_path / "nowhere")
+    for name in ("book.txt", "link.kv"):
+        with pytest.raises(StorageError, match="not a KV file"):
+            save(tmp_path / name, made)
+    assert (tmp_path / "book.txt").read_text() == "words"
+
+
+def test_no_space_then_space(tmp_path, monkeypatch):
+    made = sequence(1800)
+    with kv.KVFileWriter(tmp_path / "x.kv", info(made), made.token_ids) as writer:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+            with pytest.raises(StorageError):
+                writer.write(made, 1800)
+        writer.write(made, 1800)
+        writer.finish()
+    assert kv.open_kv(tmp_path / "x.kv")[0].length == 1800
+
+
+def test_no_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr(kv.fcntl, "flock", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks")))
+    save(tmp_path / "x.kv", sequence(10))
+    assert kv.open_kv(tmp_path / "x.kv")[0].length == 10
