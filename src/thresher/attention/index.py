@@ -111,6 +111,8 @@ class Index:
         for i, (begin, end) in enumerate(bounds):
             if begin != reached or type(end) is not int or not begin < end <= length or (end - begin) % GROUP:
                 raise ValueError("blocks do not follow each other")
+            if end - begin > method.segment:
+                raise ValueError("a block larger than the method builds")
             block = Block(
                 begin, end, {n.partition("/")[2]: t for n, t in arrays.items() if n.startswith(f"{i}/")}, mapped=True
             )
@@ -119,6 +121,9 @@ class Index:
             reached = end
         index.frozen = {n.partition("/")[2]: t for n, t in arrays.items() if n.startswith("frozen/")}
         index._check_shapes()
+        for name, t in arrays.items():
+            if t.is_floating_point() and not bool(t.isfinite().all()):
+                raise ValueError(f"{name} holds what is not a finite number")
         index._make_native()
         return index
 
@@ -150,6 +155,8 @@ class Index:
         kept = [b for b in self.blocks if b.end <= length]
         if len(kept) < len(self.blocks):
             self.blocks = kept
+            if not kept:
+                self.frozen = {}  # it was fitted to the text that is gone
             self._hand_over()
 
     def target(self, length: int) -> int:
@@ -305,7 +312,7 @@ def check_block(block: Block) -> None:
         raise ValueError("clusters that do not exist")
     if "heads" in arrays:
         heads = arrays["heads"]
-        if bool((heads[..., 0] != 0).any() | (heads[..., -1] != n).any() | (heads.diff(dim=-1) < 0).any()):
+        if bool((heads[..., 0] != 0).any() | (heads[..., -1] != n).any() | (heads.long().diff(dim=-1) < 0).any()):
             raise ValueError("buckets out of order")
 
 
