@@ -17,7 +17,7 @@ from thresher.engine.memory import MemoryAccount
 from thresher.engine.requests import Request
 from thresher.engine.runner import Work
 from thresher.engine.scheduler import Scheduler
-from thresher.errors import CapacityError, KVFileBusyError, KVFileMismatchError, UsageError
+from thresher.errors import CapacityError, KVFileBusyError, KVFileDamagedError, KVFileMismatchError, UsageError
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 8
 
@@ -487,3 +487,11 @@ def test_scheduler_is_idle_after_all(tiny):
     scheduler = Scheduler(tiny.runner, memory=MemoryAccount(1 << 20), positions=512)
     assert not scheduler.busy
     assert scheduler.step() == []
+
+
+def test_a_file_with_token_ids_beyond_the_vocabulary(tiny, tmp_path):
+    context = tiny.read(TEXT)
+    context.sequence.token_ids[5] = 300
+    tiny.save(context, tmp_path / "x.kv")
+    with pytest.raises(KVFileDamagedError, match="vocabulary"):
+        tiny.open(tmp_path / "x.kv")

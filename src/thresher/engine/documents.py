@@ -90,6 +90,8 @@ def open_document(
 ) -> tuple[Context, str]:
     """A document from its file, and a remark on how the method will read it (or nothing)."""
     sequence, info, arrays = open_kv(path, expect=identity, layout=runner.layout, verify=verify, progress=progress)
+    if max(sequence.token_ids) >= runner.model.vocab_size:
+        raise KVFileDamagedError(f"{path} is damaged: token ids beyond the model's vocabulary")
     if arrays:
         sequence.index = _restore(runner, path, sequence, *arrays)
     return Context(sequence, info.framing, info.source), _remark(runner, path, sequence, method)
