@@ -166,7 +166,8 @@ void merge_row(const Attention& args, int32_t sequence, int64_t row, float* acc)
 template <class E, int D>
 void run_step(const Attention& args, const SparseItem& item, Scratch& s) {
   int32_t* done = args.sequences[item.sequence].sparse->done + step_kinds * item.kv_head;
-  while (item.count && __atomic_load_n(done + int(item.after), __ATOMIC_ACQUIRE) < item.count) relax();
+  Patience patience;
+  while (item.count && __atomic_load_n(done + int(item.after), __ATOMIC_ACQUIRE) < item.count) patience.wait();
   switch (item.step) {
     case Step::prepare: prepare_item<E>(args, item, s); break;
     case Step::sample: sample_item(args, item, s); break;
@@ -182,23 +183,20 @@ void run_step(const Attention& args, const SparseItem& item, Scratch& s) {
 inline int64_t carve(const Attention& args, char* memory, Scratch& s) {
   const int64_t dim = args.head_dim, wide = padded(dim), value = args.type == Type::f32 ? 4 : 2;
   const int64_t group = args.q_heads / args.kv_heads;
-  int64_t rows = group, row_dim = dim, block = 0, ranked = 0, clusters = 0;
+  int64_t rows = group, row_dim = dim, ranked = 0;
   for (int64_t i = 0; i < args.item_count; ++i) {
     const int64_t n = item_rows(args, args.items[i]);
     rows = n > rows ? n : rows;
   }
-  bool sparse = false;
+  bool sparse = false, tables = false, clusters = false;
   for (int32_t i = 0; i < args.sequence_count; ++i) {
     const Sparse* p = args.sequences[i].sparse;
     if (!p) continue;
     sparse = true;
     row_dim = p->method->row_dim > row_dim ? p->method->row_dim : row_dim;
     ranked = p->ranked > ranked ? p->ranked : ranked;
-    clusters = p->most_clusters > clusters ? p->most_clusters : clusters;
-    for (int32_t j = 0; j < p->block_count; ++j) {
-      const int64_t n = p->blocks[j].end - p->blocks[j].begin;
-      block = n > block ? n : block;
-    }
+    tables |= p->method->rank == Rank::tables;
+    clusters |= p->method->tail || p->method->rank == Rank::clusters;
   }
   Carver c{memory};
   c.take(s.keys, split * row_dim * value);
@@ -211,10 +209,10 @@ inline int64_t carve(const Attention& args, char* memory, Scratch& s) {
   c.take(s.sum, rows * 4);
   c.take(s.partial, tile_rows * wide * 4);
   if (!sparse) return c.bytes;
-  c.take(s.hits, block + 64);
-  c.take(s.values_left, (padded_ranks(ranked) + clusters + 64) * 8);
+  c.take(s.hits, tables ? most_table_tokens : 0);
+  c.take(s.values_left, (padded_ranks(ranked) + 64) * 8 + (clusters ? most_clusters : 0));
   c.take(s.unit_marks, padded_ranks(ranked) / 8 + 64);
-  c.take(s.left, clusters * 4);
+  c.take(s.left, clusters ? most_clusters * 4 : 0);
   c.take(s.slack, tile_rows * split * 4);
   c.take(s.doubts, group * (dim + 2) * 4);
   c.take(s.kept, group * (dim + 2) * 4);
@@ -226,40 +224,69 @@ int64_t scratch_bytes(const Attention& args) {
   return carve(args, nullptr, s);
 }
 
+struct Place {
+  int32_t sequence;
+  int64_t row;
+};
+
 template <class E, int D>
 void attend_threads(const Attention& args) {
-#pragma omp parallel num_threads(args.threads)
-  {
+  Scratch sizes;
+  const int64_t bytes = carve(args, nullptr, sizes);
+  auto scratch = [&](int thread, Scratch& s) { carve(args, args.scratch + thread * bytes, s); };
+  // The sequence that a row of some kind belongs to, and its number there; `of(sequence)` says how many each has.
+  auto locate = [&](int64_t row, auto of) {
+    int32_t i = 0;
+    for (; row >= of(i); ++i) row -= of(i);
+    return Place{i, row};
+  };
+  auto new_tokens = [&](int32_t i) { return args.sequences[i].queries; };
+  auto merged_rows = [&](int32_t i) { return args.slots[i].count ? args.sequences[i].queries * args.q_heads : 0; };
+  int64_t tokens = 0, merged = 0;
+  for (int32_t i = 0; i < args.sequence_count; ++i) tokens += new_tokens(i), merged += merged_rows(i);
+
+  auto append = [&](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; ++t) {
+      const Place at = locate(t, new_tokens);
+      append_token<E>(args, args.sequences[at.sequence], at.row);
+    }
+  };
+  auto step = [&](int64_t begin, int64_t end, int thread) {
     Scratch s;
-    const int64_t bytes = carve(args, nullptr, s);
-    carve(args, args.scratch + omp_get_thread_num() * bytes, s);
-    for (int32_t i = 0; i < args.sequence_count; ++i) {
-      const Sequence& seq = args.sequences[i];
-#pragma omp for schedule(static) nowait
-      for (int64_t t = 0; t < seq.queries; ++t) append_token<E>(args, seq, t);
+    scratch(thread, s);
+    for (int64_t i = begin; i < end; ++i) run_step<E, D>(args, args.sparse_items[i], s);
+  };
+  auto block = [&](int64_t begin, int64_t end, int thread) {
+    Scratch s;
+    scratch(thread, s);
+    for (int64_t i = begin; i < end; ++i) attend_item<E, D>(args, args.items[i], s);
+  };
+  auto splits = [&](int64_t begin, int64_t end, int thread) { block(args.fold_count + begin, args.fold_count + end, thread); };
+  auto merge = [&](int64_t begin, int64_t end, int thread) {
+    Scratch s;
+    scratch(thread, s);
+    for (int64_t row = begin; row < end; ++row) {
+      const Place at = locate(row, merged_rows);
+      merge_row<E>(args, at.sequence, at.row, s.partial);
     }
-#pragma omp barrier
-    if (args.sparse_count) {
-#pragma omp for schedule(dynamic, 1) nowait
-      for (int64_t i = 0; i < args.sparse_count; ++i) run_step<E, D>(args, args.sparse_items[i], s);
-    }
-    // Folded blocks differ in length; the splits of decode do not, and follow each other in memory.
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t i = 0; i < args.fold_count; ++i) attend_item<E, D>(args, args.items[i], s);
-#pragma omp for schedule(static)
-    for (int64_t i = args.fold_count; i < args.item_count; ++i) attend_item<E, D>(args, args.items[i], s);
-    for (int32_t i = 0; i < args.sequence_count; ++i) {
-      const int64_t merged = args.slots[i].count ? args.sequences[i].queries * args.q_heads : 0;
-#pragma omp for schedule(static) nowait
-      for (int64_t row = 0; row < merged; ++row) merge_row<E>(args, i, row, s.partial);
-    }
-    if (args.escalated) {
-#pragma omp barrier
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < int64_t(args.sequence_count) * args.q_heads; ++i)
-        if (args.escalated[i]) attend_densely<E, D>(args, args.sequences[i / args.q_heads], i % args.q_heads, s);
-    }
-  }
+  };
+  auto doubted = [&](int64_t begin, int64_t end, int thread) {
+    Scratch s;
+    scratch(thread, s);
+    for (int64_t i = begin; i < end; ++i)
+      if (args.escalated[i]) attend_densely<E, D>(args, args.sequences[i / args.q_heads], i % args.q_heads, s);
+  };
+  const int64_t split_count = args.item_count - args.fold_count;
+  const Phase phases[] = {
+      phase_of(append, tokens, 16, false, false),
+      phase_of(step, args.sparse_count, 1, true, true),
+      // Folded blocks differ in length; the splits of decode do not, and follow each other in memory.
+      phase_of(block, args.fold_count, 1, true, false),
+      phase_of(splits, split_count, 1, false, false),
+      phase_of(merge, merged, 4, false, true),
+      phase_of(doubted, args.escalated ? int64_t(args.sequence_count) * args.q_heads : 0, 1, true, true),
+  };
+  run_phases(phases, sizeof phases / sizeof *phases, args.threads);
 }
 
 // Known head dimensions become constants of the inner loops.

@@ -8,8 +8,10 @@
 #include <string>
 #include <tuple>
 
+#include "index.h"
 #include "layer.h"
 #include "plan.h"
+#include "pool.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -67,6 +69,38 @@ void bind_elementwise(nb::module_& m) {
       nb::call_guard<nb::gil_scoped_release>());
 }
 
+void bind_sampling(nb::module_& m) {
+  m.def("sample_scratch_bytes", [](const KernelSet& k, int64_t vocab) { return k.table->sample_scratch_bytes(vocab); });
+  m.def(
+      "sample",
+      [](const KernelSet& k, uintptr_t logits, int64_t stride, int64_t rows, int64_t vocab, uintptr_t temperature,
+         uintptr_t top_k, uintptr_t top_p, uintptr_t min_p, uintptr_t uniform, uintptr_t first_edit, uintptr_t edit_ids,
+         uintptr_t edit_factors, uintptr_t edit_offsets, uintptr_t wants_logsumexp, uintptr_t logsumexp,
+         uintptr_t tokens, uintptr_t scratch, int threads) {
+        Sample s{};
+        s.logits = at<const float>(logits);
+        s.stride = stride;
+        s.rows = rows;
+        s.vocab = vocab;
+        s.temperature = at<const double>(temperature);
+        s.top_k = at<const int64_t>(top_k);
+        s.top_p = at<const double>(top_p);
+        s.min_p = at<const double>(min_p);
+        s.uniform = at<const double>(uniform);
+        s.first_edit = at<const int64_t>(first_edit);
+        s.edit_ids = at<const int32_t>(edit_ids);
+        s.edit_factors = at<const float>(edit_factors);
+        s.edit_offsets = at<const float>(edit_offsets);
+        s.wants_logsumexp = at<const uint8_t>(wants_logsumexp);
+        s.logsumexp = at<double>(logsumexp);
+        s.tokens = at<int32_t>(tokens);
+        s.scratch = at<char>(scratch);
+        s.threads = threads;
+        k.table->sample(s);
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+}
+
 void bind_plan(nb::module_& m) {
   nb::class_<Workspace>(m, "Workspace").def(nb::init<>());
   nb::class_<Plan>(m, "Plan")
@@ -78,13 +112,14 @@ void bind_plan(nb::module_& m) {
       .def(
           "add",
           [](Plan& self, int64_t queries, int64_t past, int64_t window, int64_t sinks,
-             const std::vector<std::tuple<uintptr_t, int64_t, int64_t, int64_t>>& runs, Index* index, int64_t end,
+             int layers, const std::vector<std::tuple<uintptr_t, int64_t, int64_t, int64_t>>& runs, Index* index, int64_t end,
              int64_t budget) {
             std::vector<Run> list;
             for (const auto& [base, capacity, start, last] : runs) list.push_back({at<char>(base), capacity, start, last});
-            self.add(queries, past, window, sinks, std::move(list), index, end, budget);
+            self.add(queries, past, window, sinks, layers, std::move(list), index, end, budget);
           },
-          "queries"_a, "past"_a, "window"_a, "sinks"_a, "runs"_a, "index"_a.none(), "end"_a, "budget"_a)
+          "queries"_a, "past"_a, "window"_a, "sinks"_a, "layers"_a, "runs"_a, "index"_a.none(), "end"_a, "budget"_a,
+          nb::keep_alive<1, 8>())
       .def("rows_read", &Plan::rows_read)
       .def("capture",
            [](Plan& self, uintptr_t queries, uintptr_t outputs, uintptr_t dense) {
@@ -113,20 +148,22 @@ void bind_plan(nb::module_& m) {
           nb::call_guard<nb::gil_scoped_release>());
 }
 
-// Parameters and arrays come by name from dicts, so that a method need not know of what others use.
+// Parameters and arrays come by name from dicts, so that a method need not know of what others use. Arrays are tensors.
 template <class T>
 void take(const nb::dict& from, const char* name, T& to) {
   if (from.contains(name)) to = nb::cast<T>(from[name]);
 }
-template <class T>
-void take_address(const nb::dict& from, const char* name, const T*& to) {
-  uintptr_t address = 0;
-  take(from, name, address);
-  to = at<const T>(address);
+Array array_of(nb::handle tensor) {
+  if (!nb::cast<bool>(tensor.attr("is_contiguous")())) throw std::invalid_argument("Index: arrays must be contiguous");
+  return {at<const void>(nb::cast<uintptr_t>(tensor.attr("data_ptr")())), nb::cast<int64_t>(tensor.attr("nbytes"))};
+}
+Array take_array(const nb::dict& from, const char* name) {
+  return from.contains(name) ? array_of(from[name]) : Array{};
 }
 
-Method method_of(const nb::dict& from) {
-  Method m{};
+MethodArrays method_of(const nb::dict& from) {
+  MethodArrays given;
+  Method& m = given.method;
   int rank = 0, kind = 0;
   take(from, "rank", rank);
   take(from, "take", kind);
@@ -139,51 +176,50 @@ Method method_of(const nb::dict& from) {
   take(from, "tail", m.tail);
   take(from, "own", m.own);
   take(from, "planes", m.planes);
-  take_address(from, "directions", m.directions);
   take(from, "directions_stride", m.directions_stride);
   take(from, "bits", m.bits);
   take(from, "tables", m.tables);
-  take_address(from, "log_u", m.log_u);
   take(from, "log_u_count", m.log_u_count);
   take(from, "certify", m.certify);
   take(from, "confidence", m.confidence);
   take(from, "pilot", m.pilot);
   take(from, "seed", m.seed);
-  return m;
+  given.directions = take_array(from, "directions");
+  given.log_u = take_array(from, "log_u");
+  given.mean = take_array(from, "mean");
+  m.directions = given.directions.data;
+  m.log_u = static_cast<const float*>(given.log_u.data);
+  return given;
 }
 
-Block block_of(int64_t begin, int64_t end, const nb::dict& from) {
-  Block b{};
-  b.begin = begin;
-  b.end = end;
-  take(from, "units", b.units);
-  take(from, "clusters", b.clusters);
-  take_address(from, "signs", b.signs);
-  take_address(from, "factors", b.factors);
-  take_address(from, "rows", b.rows);
-  take_address(from, "codes", b.codes);
-  take_address(from, "heads", b.heads);
-  take_address(from, "ids", b.ids);
-  take_address(from, "norms", b.norms);
-  take_address(from, "keep", b.keep);
-  take_address(from, "means", b.means);
-  take_address(from, "counts", b.counts);
-  take_address(from, "assigned", b.assigned);
-  return b;
+// Keeps a Python object until the last plan that reads it is gone, whichever thread that may be on.
+std::shared_ptr<const void> held(nb::object object) {
+  return {new nb::object(std::move(object)), [](const void* p) {
+            const nb::gil_scoped_acquire gil;
+            delete static_cast<const nb::object*>(p);
+          }};
 }
 
 void bind_index(nb::module_& m) {
   nb::class_<Index>(m, "Index")
       .def("__init__",
-           [](Index* self, const nb::dict& method, const std::vector<int>& slots, uintptr_t mean, int64_t begin) {
-             new (self) Index{method_of(method), slots, at<const float>(mean), begin, {}, {}};
+           [](Index* self, int type, int q_heads, int kv_heads, int head_dim, const std::vector<int>& slots, int64_t begin) {
+             new (self) Index({Type(type), q_heads, kv_heads, head_dim}, slots, begin);
            })
-      .def("set_method", [](Index& self, const nb::dict& method) { self.method = method_of(method); })
-      .def("set_mean", [](Index& self, uintptr_t mean) { self.mean = at<const float>(mean); })
+      .def("set_method", [](Index& self, const nb::dict& method) { self.set_method(method_of(method), held(nb::list(method.values()))); })
       .def("set_blocks",
            [](Index& self, const std::vector<std::tuple<int64_t, int64_t, nb::dict>>& blocks) {
-             self.blocks.clear();
-             for (const auto& [begin, end, arrays] : blocks) self.blocks.push_back(block_of(begin, end, arrays));
+             std::vector<std::pair<std::pair<int64_t, int64_t>, Arrays>> given;
+             nb::list tensors;
+             for (const auto& [begin, end, arrays] : blocks) {
+               Arrays named;
+               for (const auto& [name, tensor] : arrays) {
+                 named[nb::cast<std::string>(name)] = array_of(tensor);
+                 tensors.append(tensor);
+               }
+               given.push_back({{begin, end}, std::move(named)});
+             }
+             self.set_blocks(given, held(std::move(tensors)));
            })
       .def("counters",
            [](const Index& self) {
@@ -279,8 +315,10 @@ NB_MODULE(_native, m) {
   });
   m.attr("panel") = panel;
   m.attr("split") = split;
+  m.attr("most_threads") = most_threads;
   bind_linear(m);
   bind_elementwise(m);
+  bind_sampling(m);
   bind_index(m);
   bind_plan(m);
   bind_layer(m);

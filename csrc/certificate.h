@@ -17,7 +17,8 @@ inline float relative_error(const float* parts, const float* doubts, int64_t cou
   }
   if (weight == 0) return infinity();  // no candidate was drawn: nothing is known of the rest
   const double variance = square - 2 * along + norm * weight;
-  return variance > 0 ? float(__builtin_sqrt(variance / (norm > 0 ? norm : 1e-30)) / sum) : 0;
+  // What is not a number stays so, and is certain of nothing.
+  return variance <= 0 ? 0 : float(__builtin_sqrt(variance / (norm > 0 ? norm : 1e-30)) / sum);
 }
 
 // One query head over all rows, where the estimate is too uncertain.

@@ -20,10 +20,10 @@ inline void norm_row(const typename E::Value* x, typename E::Value* y, const flo
 template <class E>
 void norm_rows(const Rows& args) {
   typedef typename E::Value Value;
-#pragma omp parallel for num_threads(args.threads) if (args.rows > 16)
-  for (int64_t r = 0; r < args.rows; ++r)
-    norm_row<E>((const Value*)args.x + r * args.width, (Value*)args.y + r * args.width, args.weight, args.width,
-                args.eps);
+  parallel_for(args.rows, 16, args.threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r)
+      norm_row<E>((const Value*)args.x + r * args.width, (Value*)args.y + r * args.width, args.weight, args.width, args.eps);
+  });
 }
 
 void rms_norm(const Rows& args) {
@@ -53,16 +53,17 @@ inline void rotate(typename E::Value* x, const typename E::Value* cos, const typ
 template <class E>
 void rope_rows(const Rope& args) {
   typedef typename E::Value Value;
-#pragma omp parallel for num_threads(args.threads) if (args.tokens > 16)
-  for (int64_t t = 0; t < args.tokens; ++t) {
-    Value* head = (Value*)args.qkv + t * args.token_stride;
-    for (int32_t h = 0; h < args.q_heads + args.kv_heads; ++h, head += args.head_dim) {
-      const float* norm = h < args.q_heads ? args.q_norm : args.k_norm;
-      if (norm) norm_row<E>(head, head, norm, args.head_dim, args.eps);
-      rotate<E>(head, (const Value*)args.cos + t * args.rotary_dim, (const Value*)args.sin + t * args.rotary_dim,
-                args.rotary_dim);
+  parallel_for(args.tokens, 16, args.threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; ++t) {
+      Value* head = (Value*)args.qkv + t * args.token_stride;
+      for (int32_t h = 0; h < args.q_heads + args.kv_heads; ++h, head += args.head_dim) {
+        const float* norm = h < args.q_heads ? args.q_norm : args.k_norm;
+        if (norm) norm_row<E>(head, head, norm, args.head_dim, args.eps);
+        rotate<E>(head, (const Value*)args.cos + t * args.rotary_dim, (const Value*)args.sin + t * args.rotary_dim,
+                  args.rotary_dim);
+      }
     }
-  }
+  });
 }
 
 void rope(const Rope& args) {
@@ -74,15 +75,13 @@ void rope(const Rope& args) {
 
 // A plain sweep over memory: what the machine can read, to hold the other kernels against.
 float read_memory(const float* data, int64_t count, int threads) {
-  float total = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : total)
-  {
-    const int64_t n = omp_get_num_threads(), i = omp_get_thread_num();
-    const int64_t begin = count * i / n / (8 * W) * (8 * W), end = count * (i + 1) / n / (8 * W) * (8 * W);
+  float sums[most_threads] = {}, total = 0;
+  parallel_for(count / (8 * W), 65536 / (8 * W), threads, [&](int64_t begin, int64_t end, int thread) {
     vf acc[8] = {};
-    for (int64_t at = begin; at < end; at += 8 * W)
+    for (int64_t at = begin * 8 * W; at < end * 8 * W; at += 8 * W)
       for (int j = 0; j < 8; ++j) acc[j] += load<vf>(data + at + j * W);
-    for (int j = 0; j < 8; ++j) total += sum(acc[j]);
-  }
+    for (int j = 0; j < 8; ++j) sums[thread] += sum(acc[j]);
+  });
+  for (float x : sums) total += x;
   return total;
 }

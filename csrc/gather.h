@@ -110,7 +110,7 @@ struct Gather {
   vf log_inclusion(vf cosine) const {
     const float last = float(m.log_u_count - 1);
     vf x = (cosine + 1.0f) * (0.5f * last);
-    x = x < 0.0f ? vf{} : x > last ? splat(last) : x;
+    x = x > 0.0f ? (x < last ? x : splat(last)) : vf{};  // 0 for what is not a number
     vi at = __builtin_convertvector(x, vi);
     at = at > m.log_u_count - 2 ? at - at + (m.log_u_count - 2) : at;
     vf low, high;
@@ -196,7 +196,7 @@ struct Gather {
 
   // Takes the waiting rows into the sums of squares, before `fold` takes them into the others.
   void doubt(int64_t g, float top, const Value* weights, const float* slack) {
-    if (top == -infinity()) return;
+    if (top == -infinity()) return;  // nothing seen, or nothing that is a number: then the sums are none either
     float* to = s.doubts + g * (dim + 2);
     const float most = s.max[g] > top ? s.max[g] : top;
     const float keep = s.max[g] == -infinity() ? 0 : exp2_nonpositive(2 * (s.max[g] - most));

@@ -106,7 +106,6 @@ struct Sparse {  // one sequence in one pass
   const Method* method;
   const Block* blocks;
   int32_t block_count;
-  int32_t most_clusters;  // of a block
   const int32_t* slots;   // of each layer: which of the indexed ones it is; -1: dense
   const float* mean;      // [indexed layers, kv_heads, head_dim]: what centred keys were centred by
   int64_t begin, end;     // candidates, absolute positions
@@ -119,12 +118,17 @@ struct Sparse {  // one sequence in one pass
   uint64_t* chosen;
   int32_t* rows;     // [kv_heads, rows_stride(candidates)]: how many candidates are read, and which
   uint32_t* members; // [kv_heads, candidates]: bit g: query head g of the group has chosen it
-  char* queries;
+  char* queries;     // [q_heads, query_bytes]
+  int64_t query_bytes;
   int32_t* done;     // [kv_heads, step_kinds]: steps of each kind that are finished in this layer
   Counters* counters;
 };
 
-constexpr int64_t ranking_query_bytes = 4096;  // of one query head
+constexpr int most_signs = 512;                // bits of a key
+constexpr int most_directions = 4096;          // that a query is projected on
+constexpr int64_t sign_query_bytes = 4096;     // room for a query that is rounded for the scan of signs
+constexpr int64_t most_table_tokens = 65536;   // ids of keys in a table have 16 bits ...
+constexpr int64_t most_clusters = 65536;       // ... and so have numbers of clusters
 constexpr int scan_tokens = 4096;               // signs that are scanned in one step
 constexpr int found_stride = scan_tokens + 32;  // their number, 15 unused, the entries, and room to write 16 at once
 constexpr int most_group = 32;                 // query heads of a KV head
@@ -261,6 +265,25 @@ struct Tables {
   int threads;
 };
 
+// ---- sampling -------------------------------------------------------------------------------------------------------
+
+// A token for each row of logits. Edits make a logit x into (x < 0 ? x * factor : x / factor) + offset; then come
+// temperature, top-k, top-p and min-p in transformers' order and meaning, and one draw by the row's uniform number.
+struct Sample {
+  const float* logits;
+  int64_t stride, rows, vocab;                            // stride: elements between rows, 0 if all are one
+  const double *temperature, *top_p, *min_p, *uniform;    // [rows]; temperature 0: the largest, the first among equals
+  const int64_t* top_k;                                   // [rows]; 0: off
+  const int64_t* first_edit;                              // [rows + 1]: where a row's edits begin
+  const int32_t* edit_ids;
+  const float *edit_factors, *edit_offsets;
+  const uint8_t* wants_logsumexp;  // [rows]
+  double* logsumexp;               // [rows], of the logits before edits, where wanted
+  int32_t* tokens;                 // [rows]; -1: the largest logit is not a number, or some logit is NaN
+  char* scratch;                   // threads * sample_scratch_bytes(vocab), 64-byte aligned
+  int threads;
+};
+
 // Carves aligned arrays out of memory; with none, only counts bytes.
 struct Carver {
   char* at;
@@ -283,6 +306,8 @@ struct Kernels {
   void (*project)(const Project&);
   void (*codes)(const Codes&);
   void (*tables)(const Tables&);
+  int64_t (*sample_scratch_bytes)(int64_t vocab);  // of one thread
+  void (*sample)(const Sample&);
 };
 
 const Kernels* find_kernels(const char* name);  // null: not built, or not supported by this processor

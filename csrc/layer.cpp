@@ -27,6 +27,9 @@ void normalize(const Kernels* kernels, Rows args, const void* x, void* y, int64_
 
 void Layer::run(Plan& plan, void* hidden, int64_t tokens, const void* cos, const void* sin, int rotary_dim,
                 int threads) const {
+  if (!plan.fits(rope.type, rope.q_heads, rope.kv_heads, rope.head_dim, tokens))
+    throw std::invalid_argument("Layer.run: the plan is for other heads or another number of tokens");
+  const std::lock_guard<std::recursive_mutex> lock(plan.workspace().turn);
   const int64_t size = rope.type == Type::f32 ? 4 : 2, width = qkv.in;
   const int64_t q_width = int64_t(rope.q_heads) * rope.head_dim, kv_width = int64_t(rope.kv_heads) * rope.head_dim;
   const int64_t parts[] = {tokens * width * size, tokens * qkv.out * size, tokens * q_width * size,

@@ -76,11 +76,11 @@ void linear_panels(const Linear& args, int64_t panel_begin, int64_t panel_end) {
 template <class E>
 void linear_threads(const Linear& args) {
   const int64_t panels = (args.out + panel - 1) / panel;
-#pragma omp parallel num_threads(args.threads)
-  {
-    const int64_t n = omp_get_num_threads(), i = omp_get_thread_num();
-    linear_panels<E>(args, panels * i / n, panels * (i + 1) / n);
-  }
+  const int64_t panel_bytes = args.in * panel * int64_t(sizeof(typename E::Weight)) * (args.activation == Activation::none ? 1 : 2);
+  // Pieces long enough to be read as a stream, short enough that the threads finish together.
+  const int64_t streamed = (65536 + panel_bytes - 1) / panel_bytes, fair = panels / (int64_t(args.threads) * 8) + 1;
+  parallel_for(panels, streamed < fair ? streamed : fair, args.threads,
+               [&](int64_t begin, int64_t end, int) { linear_panels<E>(args, begin, end); });
 }
 
 void linear(const Linear& args) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <string>
 
 namespace thresher {
 namespace {
@@ -46,8 +47,9 @@ Plan::Plan(const Kernels* kernels, Workspace* workspace, Type type, int q_heads,
   shape_.threads = threads;
 }
 
-void Plan::add(int64_t queries, int64_t past, int64_t window, int64_t sinks, std::vector<Run> runs, Index* index,
+void Plan::add(int64_t queries, int64_t past, int64_t window, int64_t sinks, int layers, std::vector<Run> runs, Index* index,
                int64_t end, int64_t budget) {
+  if (layers < 1 || (layers_ && layers != layers_)) throw std::invalid_argument("Plan.add: sequences of one pass have equal layers");
   int64_t at = 0;
   for (const Run& run : runs) {
     if (run.start != at || run.end < run.start || run.end - run.start > run.capacity || !run.base)
@@ -58,17 +60,19 @@ void Plan::add(int64_t queries, int64_t past, int64_t window, int64_t sinks, std
       sinks < 0)
     throw std::invalid_argument("Plan.add: the last run must hold all new rows");
   if (index) {
-    const std::vector<Block>& blocks = index->blocks;
-    int64_t reached = index->begin;
-    for (const Block& b : blocks) {
-      if (b.begin != reached || b.end <= b.begin || (b.end - b.begin) % group_tokens)
-        throw std::invalid_argument("Plan.add: blocks must follow each other in whole groups");
-      reached = b.end;
-    }
-    if (queries != 1 || end < index->begin || end > past || budget < 0 || (!blocks.empty() && reached != end) ||
-        (blocks.empty() && index->method.rank != Rank::keys && end != index->begin))
+    const IndexShape& s = index->shape();
+    if (s.type != shape_.type || s.q_heads != shape_.q_heads || s.kv_heads != shape_.kv_heads || s.head_dim != shape_.head_dim ||
+        int(index->slots().size()) != layers)
+      throw std::invalid_argument("Plan.add: the index is of another model");
+    const Index::State& state = *index->state();
+    const Method& m = state.given.method;
+    const bool by_keys = m.rank == Rank::keys && !m.tail, none = m.rank == Rank::none && !m.tail;
+    if (queries != 1 || end < index->begin() || end > past || end - index->begin() >= int64_t(1) << 31 || budget < 0 ||
+        (!state.blocks.empty() && state.blocks.back().end != end) ||
+        (state.blocks.empty() && !by_keys && !none && end != index->begin()))
       throw std::invalid_argument("Plan.add: an index is for one new token, its candidates lie before it");
   }
+  layers_ = layers;
   runs_.push_back(std::move(runs));
   Sequence s{};
   s.query_row = tokens_;
@@ -82,22 +86,25 @@ void Plan::add(int64_t queries, int64_t past, int64_t window, int64_t sinks, std
   work_.clear();
   work_of_layer_.clear();
   sparse_of_.push_back(nullptr);
-  if (!index || end == index->begin) return;
+  if (!index || end == index->begin()) return;
+  states_.push_back(index->state());
+  const Index::State& state = *states_.back();
+  const Rank rank = state.given.method.rank;
   Sparse sparse{};
-  sparse.method = &index->method;
-  sparse.blocks = index->blocks.data();
-  sparse.block_count = int32_t(index->blocks.size());
-  sparse.slots = index->slots.data();
-  sparse.mean = index->mean;
-  sparse.begin = index->begin;
+  sparse.method = &state.given.method;
+  sparse.blocks = state.blocks.data();
+  sparse.block_count = int32_t(state.blocks.size());
+  sparse.slots = index->slots().data();
+  sparse.mean = static_cast<const float*>(state.given.mean.data);
+  sparse.begin = index->begin();
   sparse.end = end;
   sparse.budget = budget;
   sparse.counters = &index->counters;
-  if (index->method.rank == Rank::keys || index->method.rank == Rank::signs) sparse.ranked = end - index->begin;
-  for (const Block& b : index->blocks) {
-    sparse.most_clusters = std::max(sparse.most_clusters, int32_t(b.clusters));
-    if (index->method.rank == Rank::rows || index->method.rank == Rank::clusters) sparse.ranked += b.units;
-  }
+  const int64_t row_bytes = int64_t(state.given.method.row_dim) * (shape_.type == Type::f32 ? 4 : 2);
+  sparse.query_bytes = rank == Rank::signs ? sign_query_bytes : (row_bytes + 63) / 64 * 64;
+  if (rank == Rank::keys || rank == Rank::signs) sparse.ranked = end - index->begin();
+  for (const Block& b : state.blocks)
+    if (rank == Rank::rows || rank == Rank::clusters) sparse.ranked += b.units;
   sparse_.push_back(sparse);
   sparse_of_.back() = &sparse_.back();
 }
@@ -162,7 +169,7 @@ void Plan::place_sparse() {
     c.take(s.scores, signs ? 0 : shape_.q_heads * ranked * 4);
     c.take(s.found, signs ? shape_.q_heads * ((ranked + scan_tokens - 1) / scan_tokens) * found_stride * 4 : 0);
     c.take(s.chosen, shape_.q_heads * ((n + 63) / 64) * 8);
-    c.take(s.queries, shape_.q_heads * ranking_query_bytes);
+    c.take(s.queries, shape_.q_heads * s.query_bytes);
     c.take(s.rows, shape_.kv_heads * rows_stride(n) * 4);
     c.take(s.members, s.method->own ? shape_.kv_heads * n * 4 : 0);
     c.take(s.done, shape_.kv_heads * step_kinds * 4);
@@ -178,7 +185,6 @@ void Plan::place_sparse() {
 const Plan::Work& Plan::work(int layer, int64_t layer_window) {
   const size_t at = size_t(layer + 1);  // layer -1: dense
   if (at < work_of_layer_.size() && work_of_layer_[at]) return *work_of_layer_[at];
-  if (work_of_layer_.empty()) place_sparse();
   if (at >= work_of_layer_.size()) work_of_layer_.resize(at + 1);
   std::vector<bool> sparse(sequences_.size());
   for (size_t i = 0; i < sparse.size(); ++i) sparse[i] = is_sparse(i, layer, layer_window);
@@ -266,7 +272,15 @@ void Plan::capture(char* queries, char* outputs, char* dense) {
   dense_ = dense;
 }
 
+bool Plan::fits(Type type, int q_heads, int kv_heads, int head_dim, int64_t tokens) const {
+  return type == shape_.type && q_heads == shape_.q_heads && kv_heads == shape_.kv_heads && head_dim == shape_.head_dim &&
+         tokens == tokens_;
+}
+
 void Plan::attend(Attention args) {
+  if (args.layer < 0 || args.layer >= layers_)
+    throw std::invalid_argument("Plan.attend: layer " + std::to_string(args.layer) + " of " + std::to_string(layers_));
+  const std::lock_guard<std::recursive_mutex> turn(workspace_->turn);
   run(args, work(args.layer, args.window));
   const int64_t value = shape_.type == Type::f32 ? 4 : 2, row = shape_.head_dim * value;
   const int64_t layer_bytes = tokens_ * shape_.q_heads * row, at = args.layer * layer_bytes;
@@ -283,6 +297,7 @@ void Plan::attend(Attention args) {
 }
 
 void Plan::run(Attention args, const Work& w) {
+  place_sparse();  // each time: another plan may have used the workspace since
   args.type = shape_.type;
   args.q_heads = shape_.q_heads;
   args.kv_heads = shape_.kv_heads;

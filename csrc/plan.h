@@ -3,15 +3,18 @@
 #include <cstdint>
 #include <deque>
 #include <map>
+#include <mutex>
 #include <stdexcept>
 #include <vector>
 
+#include "index.h"
 #include "kernels.h"
 
 namespace thresher {
 
-// Memory that outlives a pass, so that decoding does not allocate.
+// Memory that outlives a pass, so that decoding does not allocate. Plans may share one: they take turns, a call at a time.
 struct Workspace {
+  std::recursive_mutex turn;
   std::vector<char> scratch;
   std::vector<float> partials;
   std::vector<char> activations;
@@ -20,31 +23,24 @@ struct Workspace {
   std::vector<char> escalated;
 };
 
-// The index of one sequence: a method's parameters and what it knows of the keys. Arrays belong to Python.
-struct Index {
-  Method method{};
-  std::vector<int32_t> slots;  // of each layer; -1: dense
-  const float* mean = nullptr;
-  int64_t begin = 0;           // the first candidate
-  std::vector<Block> blocks;   // one behind the other from there
-  Counters counters{};
-};
-
 class Plan {
  public:
   Plan(const Kernels* kernels, Workspace* workspace, Type type, int q_heads, int kv_heads, int head_dim, int threads);
 
-  // `runs` cover [0, past + queries) without holes; the last one takes the new rows. window = 0: dense. With an index,
-  // the layers it covers read its choice of [begin, end), `budget` tokens a query head, and all rows before and after.
-  void add(int64_t queries, int64_t past, int64_t window, int64_t sinks, std::vector<Run> runs, Index* index = nullptr,
+  // `runs` hold `layers` layers and cover [0, past + queries) without holes; the last one takes the new rows. window = 0: dense.
+  // With an index, the layers it covers read its choice of [begin, end), `budget` tokens a query head, and all rows before and
+  // after. The index must outlive the plan.
+  void add(int64_t queries, int64_t past, int64_t window, int64_t sinks, int layers, std::vector<Run> runs, Index* index = nullptr,
            int64_t end = 0, int64_t budget = 0);
 
+  // Raises std::invalid_argument for a layer that the sequences do not have.
   void attend(Attention args);
 
   // Copies of what each layer attends with and to, [layers, tokens, q_heads, head_dim] of the plan's type: queries, outputs,
   // and what dense attention makes of the same queries. Null: not wanted.
   void capture(char* queries, char* outputs, char* dense);
   Workspace& workspace() { return *workspace_; }
+  bool fits(Type type, int q_heads, int kv_heads, int head_dim, int64_t tokens) const;
   int64_t rows_read(int64_t layer_window);  // rows of K (and as many of V) a dense layer reads, per KV head
 
  private:
@@ -69,6 +65,8 @@ class Plan {
   Workspace* workspace_;
   Attention shape_{};
   int64_t tokens_ = 0;
+  int layers_ = 0;
+  std::vector<std::shared_ptr<const Index::State>> states_;  // what `sparse_` points to
   std::vector<std::vector<Run>> runs_;
   std::vector<Sequence> sequences_;
   std::deque<Sparse> sparse_;      // of the sequences that have an index

@@ -38,8 +38,6 @@ inline uint32_t positive(const float* x) {
 #endif
 }
 
-constexpr int most_directions = 4096;
-
 // out[r, count] = x[r, dim] @ directions.T, a panel at a time; `use(panel index, values [rows, panel])`.
 template <class E, class Use>
 inline void project_rows(int rows, const typename E::Value* x, int64_t dim, const void* directions, int64_t count, Use use) {
@@ -94,15 +92,17 @@ inline int64_t look_up(const Method& m, const Block& b, int64_t plane, const uin
     constexpr int ahead = 8;
     for (int l = 0; l < m.tables + ahead; ++l) {
       if (l < m.tables) {
-        const uint16_t* from = ids + l * n + heads[l * buckets + query[l]];
+        const uint16_t* from = ids + l * n + heads[l * buckets + query[l]];  // only asked for
         __builtin_prefetch(from);
         __builtin_prefetch(from + 32);
       }
       const int now = l - ahead;
       if (now < 0) continue;
       const uint32_t* head = heads + now * buckets + query[now];
-      const uint16_t *at = ids + now * n + head[0], *end = ids + now * n + head[1];
-      entries += end - at;
+      // Tables may come from a stranger's file: no bucket ends beyond its table, and `hits` has a place for every id.
+      const int64_t first = head[0] < n ? head[0] : n, last = head[1] < n ? head[1] : n;
+      const uint16_t *at = ids + now * n + first, *end = ids + now * n + last;
+      entries += last > first ? last - first : 0;
       for (; at < end; ++at) ++hits[*at];
     }
   }
@@ -112,7 +112,6 @@ inline int64_t look_up(const Method& m, const Block& b, int64_t plane, const uin
 
 // ---- prepare -----------------------------------------------------------------------------------------------------
 
-constexpr int most_signs = 512;
 constexpr int nibble_zero = 128;  // stands for a sum of 0
 
 // A query rotated and rounded: for every four directions, the sums of their products with 16 patterns of signs, as bytes.
@@ -121,6 +120,8 @@ struct SignQuery {
   uint8_t sums[most_signs / 32][2][4][16];
   int16_t bound;  // keys that are among the best score as much, most likely
 };
+
+static_assert(sizeof(SignQuery) <= sign_query_bytes);
 
 inline void round_query(const float* x, int bits, SignQuery& out) {
   float top = 0;
@@ -135,6 +136,7 @@ inline void round_query(const float* x, int bits, SignQuery& out) {
       float a = 0;
       for (int t = 0; t < 4; ++t) a += set >> t & 1 ? x[4 * j + t] : -x[4 * j + t];
       a *= scale;
+      a = a > -127 ? (a < 127 ? a : 127) : -127;  // also what is not a number
       out.sums[j / 8][j % 2][j % 8 / 2][set] = uint8_t(nibble_zero + int(a + (a < 0 ? -0.5f : 0.5f)));
     }
 }
@@ -177,7 +179,7 @@ void prepare_item(const Attention& args, const SparseItem& item, Scratch& s) {
     __atomic_fetch_add(&sparse.counters->entries, entries, __ATOMIC_RELAXED);
     return;
   }
-  char* to = sparse.queries + item.head * ranking_query_bytes;
+  char* to = sparse.queries + item.head * sparse.query_bytes;
   if (m.rank == Rank::signs) {
     alignas(64) float x[most_directions];
     const char* directions = (const char*)m.directions + plane_of(args, sparse, kv_head) * m.directions_stride;

@@ -123,7 +123,7 @@ inline int32_t* found_of(const Sparse& sparse, int64_t head, int64_t candidate) 
   return sparse.found + (head * ((sparse.ranked + scan_tokens - 1) / scan_tokens) + candidate / scan_tokens) * found_stride;
 }
 inline SignQuery* sign_query(const Sparse& sparse, int64_t head) {
-  return (SignQuery*)(sparse.queries + head * ranking_query_bytes);
+  return (SignQuery*)(sparse.queries + head * sparse.query_bytes);
 }
 
 // Adds those of sign_keys scores that are >= bound; returns where the next goes.
@@ -237,7 +237,7 @@ void scan_rows_item(const Attention& args, const SparseItem& item, Scratch& s) {
   for (int i = 0; m.rank != Rank::keys && i < item.part; ++i) first += sparse.blocks[i].units;
   Value* queries = (Value*)s.queries;
   for (int64_t g = 0; g < group; ++g)
-    __builtin_memcpy(queries + g * dim, sparse.queries + (item.head * group + g) * ranking_query_bytes, size_t(row_bytes));
+    __builtin_memcpy(queries + g * dim, sparse.queries + (item.head * group + g) * sparse.query_bytes, size_t(row_bytes));
   const Run* run = seq.runs;
   for (int64_t at = item.begin; at < item.end; at += split) {
     const int n = int(item.end - at < split ? item.end - at : split);

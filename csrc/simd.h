@@ -48,12 +48,12 @@ inline uint16_t float_to_bf16(float f) {
   return uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 inline vf load_bf16(const uint16_t* p) { return as_float(__builtin_convertvector(load<vh>(p), vu) << 16); }
-inline vh to_bf16(vf x) {  // round to nearest even; for values that are not NaN
-  vu u = (vu)x;
-  return __builtin_convertvector((u + 0x7fffu + ((u >> 16) & 1u)) >> 16, vh);
+inline vh to_bf16(vf x) {  // round to nearest even; NaN stays NaN
+  const vu u = (vu)x, rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(x == x ? rounded : rounded - rounded + 0x7fc0u, vh);
 }
 
-// 2^x for x <= 0 (and -inf): a degree 6 polynomial on [-0.5, 0.5], relative error below 2e-7.
+// 2^x for x <= 0 (and -inf; NaN stays NaN): a degree 6 polynomial on [-0.5, 0.5], relative error below 2e-7.
 inline vf exp2_nonpositive(vf x) {
   const vf magic = splat(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
   vf clamped = x < -126.0f ? splat(-126.0f) : x;
@@ -66,8 +66,8 @@ inline vf exp2_nonpositive(vf x) {
   p = p * r + 2.402265069591007e-1f;
   p = p * r + 6.931471805599453e-1f;
   p = p * r + 1.0f;
-  vf scaled = (vf)((vi)p + (((vi)shifted - (vi)magic) << 23));
-  return x < -126.0f ? vf{} : scaled;
+  const vf power = (vf)(((vi)shifted - (vi)magic + 127) << 23);  // multiplied in, so that a NaN of p is not lost
+  return x < -126.0f ? vf{} : p * power;
 }
 inline float exp2_nonpositive(float x) { return exp2_nonpositive(splat(x))[0]; }
 

@@ -24,12 +24,6 @@ struct Scratch {
   const char *key_rows[split + gather_ahead], *value_rows[split + gather_ahead];
 };
 
-inline void relax() {  // in a loop that waits for another thread
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
-
 inline int64_t padded_ranks(int64_t n) { return (n + 63) / 64 * 64; }
 
 inline float infinity() { return __builtin_inff(); }
@@ -150,9 +144,10 @@ void attend_tile(const Attention& args, Scratch& s, int rows, const typename E::
   }
 }
 
-// (max, sum, acc) of one row takes in the partial of the next split. A split that shows nothing changes nothing.
+// (max, sum, acc) of one row takes in the partial of the next split. A split that shows nothing changes nothing; one whose scores are
+// not numbers has no greatest either, but its sum is not 0, and then nothing is a number.
 inline void fold(float& max, float& sum, float* acc, float m, float l, const float* part, int64_t head_dim) {
-  if (m == -infinity()) return;
+  if (l == 0) return;
   const float top = max > m ? max : m;
   const float keep = max == -infinity() ? 0.0f : exp2_nonpositive(max - top), add = exp2_nonpositive(m - top);
   max = top;
@@ -164,7 +159,7 @@ inline void fold(float& max, float& sum, float* acc, float m, float l, const flo
 
 template <class E>
 void write_row(typename E::Value* out, const float* acc, float sum, int64_t head_dim) {
-  const float inverse = sum > 0 ? 1 / sum : 0;
+  const float inverse = 1 / sum;  // nothing at all to divide is no number, as in any softmax
   int64_t d = 0;
   for (; d + W <= head_dim; d += W) E::put_vector(out + d, load<vf>(acc + d) * inverse);
   for (; d < head_dim; ++d) E::put(out + d, acc[d] * inverse);

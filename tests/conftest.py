@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from thresher.kernels import native
+
 VOCAB = 300
 SMALL = {
     "vocab_size": VOCAB,
@@ -80,6 +82,23 @@ def byte_tokenizer():
         pad_token="<pad>",
         chat_template="{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]",
     )
+
+
+@pytest.fixture(params=native.isas())
+def isa(request, monkeypatch):
+    """The instruction set that attention and hashing run with."""
+    for module in ("attention", "hashing"):
+        monkeypatch.setattr(f"thresher.kernels.{module}.kernel_set", lambda: native.kernel_set(request.param))
+    return request.param
+
+
+@pytest.fixture
+def set_threads():
+    """One thread, until the test sets another number: single small steps are done by one sooner than by two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -143,10 +143,10 @@ class Case:
         return torch.cat(out, dim=1)[:, :n].double()
 
 
-def attend(cases, layer_window=0):
+def attend(cases, layer_window=0, workspace=None):
     """One pass over all; the output of each."""
     first = cases[0]
-    plan = AttentionPlan(first.heads, first.dtype, _native.Workspace())
+    plan = AttentionPlan(first.heads, first.dtype, workspace or _native.Workspace())
     for c in cases:
         c.sequence.reserve(c.new)
         visibility = c.method.visibility() if c.method and not c.index else None

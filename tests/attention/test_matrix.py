@@ -6,13 +6,16 @@ from harness import Case, attend, check_step, close, normal, text_like
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from thresher.attention.base import parameter_types
 from thresher.attention.index import Index
 from thresher.attention.reference import kept_marks, unpack_directions, unpack_signs
 from thresher.attention.registry import METHODS, parse_method
 from thresher.attention.sparse import Shape
 from thresher.errors import UsageError
-from thresher.kernels import _native, native
+from thresher.kernels import _native
 from thresher.kernels.attention import AttentionPlan, Heads, SparseReading
+
+pytestmark = pytest.mark.usefixtures("set_threads")
 
 METHOD_TEXTS = [
     "dense",
@@ -77,22 +80,6 @@ SHAPE_NAMES = [f"{h.q_heads}-{h.kv_heads}-{h.head_dim}-{str(d).split('.')[1]}" f
 
 sparse_methods = pytest.mark.parametrize("text", SPARSE_TEXTS)
 shapes = pytest.mark.parametrize(("heads", "dtype"), SHAPES, ids=SHAPE_NAMES)
-
-
-@pytest.fixture(params=native.isas())
-def isa(request, monkeypatch):
-    for module in ("attention", "hashing"):
-        monkeypatch.setattr(f"thresher.kernels.{module}.kernel_set", lambda: native.kernel_set(request.param))
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def set_threads():
-    """Steps as small as these are done by one thread sooner than by two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def changed(text, **parameters):
@@ -191,6 +178,15 @@ def test_runs_of_memory_change_no_bits(isa, dtype):
         outs = [make(text, Heads(6, 2, 64), 600, dtype, seed=5, pieces=p).attend() for p in pieces]
         assert torch.equal(outs[0], outs[1]), text
         assert torch.equal(outs[0], outs[2]), text
+
+
+def test_used_memory_changes_no_bits(isa):
+    """Working memory that served another sequence, a longer or a shorter one, leaves nothing of it to the next."""
+    for text in METHOD_TEXTS:
+        cases = [make(text, Heads(6, 2, 16), n, seed=n) for n in (300, 1500, 140, 700)]
+        workspace = _native.Workspace()
+        for case in [*cases, *cases]:
+            assert torch.equal(attend([case], workspace=workspace)[0], case.attend()), text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -354,6 +350,19 @@ def test_the_preset_reads_its_share_at_least():
     check_step(case)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_largest_parameters(name):
+    """A step runs with every number that is not refused."""
+    for key, kind in parameter_types(METHODS[name]).items():
+        if kind is str:
+            continue
+        try:
+            text = str(parse_method(f"{name}:{key}={2**53 - 1}"))  # odd, as some must be
+        except UsageError:
+            continue
+        check_step(make(text, Heads(3, 1, 16), 400, seed=22))
+
+
 def test_an_index_serves_other_budgets_and_windows():
     case = make("sign:budget=40,tail=8", Heads(6, 2, 16), 500, seed=15)
     first = case.index.blocks[0]
@@ -453,10 +462,8 @@ def test_refused_readings():
         plan = AttentionPlan(case.heads, case.dtype, _native.Workspace())
         with pytest.raises(ValueError, match="Plan"):
             plan.add(queries, 300, case.sequence.incoming(queries), None, SparseReading(index, last, budget))
-    index.set_blocks([(4, 68, {}), (132, 196, {})])
-    plan = AttentionPlan(case.heads, case.dtype, _native.Workspace())
     with pytest.raises(ValueError, match="blocks must follow each other"):
-        plan.add(1, 300, case.sequence.incoming(1), None, SparseReading(index, 196, 40))
+        index.set_blocks([(4, 68, {}), (132, 196, {})])
 
 
 @pytest.mark.parametrize("sampled", ["like the rest", "better than the rest", "worse than the rest"])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thresher.attention.base import AttentionMethod
+from thresher.attention.base import AttentionMethod, parameter_types
 from thresher.attention.registry import METHODS, parse_method
 from thresher.attention.sparse import SparseMethod, describe_parameters
 from thresher.errors import UsageError
@@ -49,6 +49,18 @@ REFUSED = [
     ("topk:budget=0", "budget=0"),
     ("topk:budget=-0.5", "budget=-0.5"),
     ("topk:budget=nan", "not a number"),
+    ("topk:budget=1.0", "whole tokens"),
+    ("topk:budget=256.0", "whole tokens"),
+    ("sign:budget=2.5", "whole tokens"),
+    ("auto:budget=1.0", "whole tokens"),
+    ("clusters:budget=1.0", "whole tokens"),
+    ("verified:heavy=1.0", "whole tokens"),
+    ("sample:draws=1.0", "whole tokens"),
+    ("sample:draws=1000001", "at most 1000000 draws"),
+    ("topk:budget=1e300", "up to 2^53"),
+    ("lsh:seed=-1", "seed must be 0 or more"),
+    ("verified:seed=-1", "seed must be 0 or more"),
+    ("sample:seed=-1", "seed must be 0 or more"),
     ("topk:union=2", "give 0 or 1"),
     ("topk:tail=-1", "0 to 4096 centroids"),
     ("topk:tail=4097", "0 to 4096 centroids"),
@@ -81,6 +93,33 @@ def test_only_finite_numbers():
     for text in ("topk:budget=inf", "clusters:budget=1e999", "sample:draws=inf", "lsh:certify=nan", "lsh:certify=-inf"):
         with pytest.raises(UsageError, match="not a number"):
             parse_method(text)
+
+
+PARAMETERS = [(name, key, kind) for name, m in METHODS.items() for key, kind in parameter_types(m).items()]
+NUMBERS = [(name, key) for name, key, kind in PARAMETERS if kind is not str]
+
+
+@pytest.mark.parametrize(("name", "key"), NUMBERS)
+@pytest.mark.parametrize("value", [10**23, -(10**23), 2**53 + 1])
+def test_no_number_that_kernels_cannot_hold(name, key, value):
+    with pytest.raises(UsageError, match=r"up to 2\^53"):
+        parse_method(f"{name}:{key}={value}")
+
+
+@pytest.mark.parametrize(("name", "key"), NUMBERS)
+def test_parameters_given_in_python_are_checked_alike(name, key):
+    for value in (float("nan"), float("inf"), "4", None):
+        with pytest.raises(UsageError, match=f"{name}, {key}={value}: give a"):
+            METHODS[name](**{key: value})
+
+
+def test_types_of_parameters():
+    """Those that are written in the dataclasses, also if the default of a float is a whole number."""
+    assert {kind for _, _, kind in PARAMETERS} == {int, float, str}
+    types = {(name, key): kind for name, key, kind in PARAMETERS}
+    assert types["topk", "budget"] is types["lsh", "certify"] is types["sample", "draws"] is float
+    assert types["topk", "window"] is types["streaming", "window"] is types["lsh", "K"] is int
+    assert types["auto", "dense_layers"] is str
 
 
 @pytest.mark.parametrize(("text", "layers"), [("none", ()), ("0", (0,)), ("0+1", (0, 1)), ("3+0+7", (3, 0, 7))])

@@ -11,15 +11,9 @@ from thresher.attention.registry import parse_method
 from thresher.attention.verified import Verified
 from thresher.kernels.attention import Heads
 
+pytestmark = pytest.mark.usefixtures("set_threads")
+
 HEADS = Heads(2, 1, 16)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def with_seeds(case, text, seeds):

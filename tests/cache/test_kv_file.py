@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from thresher.cache import file as kv
-from thresher.cache.format import MAGIC, Identity, KVFileInfo, Source, encode_header
+from thresher.cache.format import MAGIC, VERSION, Identity, KVFileInfo, Source, encode_header
 from thresher.cache.sequence import KVLayout, KVSequence
 from thresher.errors import (
     KVFileBusyError,
@@ -191,17 +191,17 @@ def test_hostile_headers_with_valid_checksums(tmp_path, field, value):
     if field:
         fields[field] = value
     body = json.dumps(fields if field else value).encode()
-    head = MAGIC + (1).to_bytes(4, "little") + len(body).to_bytes(4, "little") + body
+    head = MAGIC + VERSION.to_bytes(4, "little") + len(body).to_bytes(4, "little") + body
     (tmp_path / "y.kv").write_bytes(head + xxhash.xxh3_64_intdigest(head).to_bytes(8, "little") + bytes(5000))
-    with pytest.raises(KVFileError):
+    with pytest.raises(KVFileDamagedError):
         kv.open_kv(tmp_path / "y.kv")
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200))
 def test_random_bytes_after_the_magic(tmp_path, content):
-    (tmp_path / "y.kv").write_bytes(MAGIC + content)
-    with pytest.raises(KVFileError):
+    (tmp_path / "y.kv").write_bytes(MAGIC + VERSION.to_bytes(4, "little") + content)
+    with pytest.raises((KVFileDamagedError, NotAKVFileError)):
         kv.open_kv(tmp_path / "y.kv")
 
 
@@ -382,3 +382,31 @@ def test_damage_anywhere_in_an_index_is_found(tmp_path):
         (tmp_path / "c.kv").write_bytes(whole[:cut])
         with pytest.raises(KVFileDamagedError):
             kv.open_kv(tmp_path / "c.kv")
+
+
+def test_only_a_kv_file_is_replaced(tmp_path):
+    made = sequence(10)
+    (tmp_path / "book.txt").write_text("words")
+    (tmp_path / "link.kv").symlink_to(tmp_path / "nowhere")
+    for name in ("book.txt", "link.kv"):
+        with pytest.raises(StorageError, match="not a KV file"):
+            save(tmp_path / name, made)
+    assert (tmp_path / "book.txt").read_text() == "words"
+
+
+def test_no_space_then_space(tmp_path, monkeypatch):
+    made = sequence(1800)
+    with kv.KVFileWriter(tmp_path / "x.kv", info(made), made.token_ids) as writer:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+            with pytest.raises(StorageError):
+                writer.write(made, 1800)
+        writer.write(made, 1800)
+        writer.finish()
+    assert kv.open_kv(tmp_path / "x.kv")[0].length == 1800
+
+
+def test_no_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr(kv.fcntl, "flock", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks")))
+    save(tmp_path / "x.kv", sequence(10))
+    assert kv.open_kv(tmp_path / "x.kv")[0].length == 10

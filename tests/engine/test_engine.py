@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ import torch
 from conftest import byte_tokenizer, tiny_module
 from thresher import LLM, SamplingParams
 from thresher.cache.sequence import KVSequence, resident_bytes
-from thresher.engine import llm as llm_module
-from thresher.engine import scheduler as scheduler_module
+from thresher.engine import documents
+from thresher.engine.memory import MemoryAccount
+from thresher.engine.requests import Request
 from thresher.engine.runner import Work
-from thresher.engine.scheduler import Request, Scheduler
+from thresher.engine.scheduler import Scheduler
 from thresher.errors import CapacityError, KVFileBusyError, KVFileMismatchError, UsageError
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 8
@@ -70,23 +72,23 @@ def test_same_seed_same_answer_other_seed_another(tiny):
 
 def test_samples_share_the_prompt(tiny):
     ids = prompts()[-1]
-    params = SamplingParams(max_new_tokens=20, temperature=1.0, n=8, ignore_eos=True)
+    params = SamplingParams(max_new_tokens=20, temperature=1.0, seed=0, n=8, ignore_eos=True)
     scheduler = tiny.scheduler()
     scheduler.add(Request(0, ids, params))
     answers = {}
     while scheduler.busy:
         for event in scheduler.step():
             answers.setdefault(event.sample, []).append(event.choice.token)
-        live = [s.sequence for s in scheduler._samples]
+        live = scheduler.sequences()
         if live:
             assert resident_bytes(live) == (200 + 8 * 19) * tiny.runner.layout.bytes_per_token
     assert len({tuple(a) for a in answers.values()}) > 4
-    single = SamplingParams(max_new_tokens=20, temperature=1.0, ignore_eos=True)
+    single = SamplingParams(max_new_tokens=20, temperature=1.0, seed=0, ignore_eos=True)
     assert tiny.generate([ids], single)[0][0].token_ids == answers[0]
 
 
 def test_streaming_gives_the_same_text(tiny):
-    params = SamplingParams(max_new_tokens=30, temperature=1.0, ignore_eos=True)
+    params = SamplingParams(max_new_tokens=30, temperature=1.0, seed=0, ignore_eos=True)
     pieces = {0: "", 1: ""}
     for event in tiny.stream(["abc", "def"], params):
         pieces[event.request] += event.text
@@ -160,7 +162,7 @@ def test_admission_by_budget(tiny_folder):
     while scheduler.busy:
         for event in scheduler.step():
             answers[event.request].append(event.choice.token)
-        live = [s.sequence for s in scheduler._samples] + [p.sequence for p in scheduler._prefills]
+        live = scheduler.sequences()
         most = max(most, resident_bytes(live))
     assert most == 100 * size
     assert all(len(a) == 11 for a in answers.values())
@@ -171,8 +173,9 @@ def test_admission_by_budget(tiny_folder):
 
 
 def test_a_long_prompt_does_not_stall_running_answers(tiny):
-    """While a prompt of many chunks is read, the running sample gets a token in every pass."""
-    scheduler = tiny.scheduler()
+    """While a prompt of many chunks is read, the running sample gets a token in every pass, and a pass takes no more
+    of the prompt than its time allows."""
+    scheduler = Scheduler(tiny.runner, memory=MemoryAccount(1 << 28), positions=512, pass_seconds=1e-9)
     scheduler.add(Request(0, [5, 6, 7], SamplingParams(max_new_tokens=60, ignore_eos=True)))
     scheduler.step()
     scheduler.add(Request(1, [9] * 400, SamplingParams(max_new_tokens=5, ignore_eos=True)))
@@ -183,7 +186,176 @@ def test_a_long_prompt_does_not_stall_running_answers(tiny):
         passes += 1
         if any(e.request == 1 for e in events):
             break
-    assert passes == -(-400 // scheduler_module.MIXED_CHUNK)
+    assert passes == 400 // 16
+
+
+def run(scheduler):
+    """Events of all passes, each with the number of its pass."""
+    events, passes = [], 0
+    while scheduler.busy:
+        events += [(passes, event) for event in scheduler.step()]
+        passes += 1
+    return events
+
+
+def test_short_prompts_overtake_long_ones_which_still_go_on(tiny):
+    short = SamplingParams(max_new_tokens=1, ignore_eos=True)
+    scheduler = Scheduler(tiny.runner, memory=MemoryAccount(1 << 28), positions=512, pass_seconds=1e-9)
+    scheduler.add(Request(0, [9] * 320, short))
+    scheduler.step()
+    for i in range(1, 41):
+        scheduler.add(Request(i, [5] * 12, short))
+    ended = {event.request: passes for passes, event in run(scheduler) if event.finish_reason}
+    assert ended[1] == 0  # in the very next pass
+    # A quarter of each pass, 4 of its 16 tokens, is for the one that came first, until it is alone.
+    assert ended[40] == 39 < ended[0] <= 39 + (304 - 40 * 4) // 16 + 1
+
+
+def test_smaller_requests_pass_one_that_does_not_fit_but_not_for_ever(tiny):
+    row = tiny.runner.layout.bytes_per_token
+    params = SamplingParams(max_new_tokens=11, ignore_eos=True)
+    scheduler = Scheduler(tiny.runner, memory=MemoryAccount(100 * row), positions=512)
+    scheduler.add(Request(0, [9] * 40, params))  # 50 rows
+    scheduler.add(Request(1, [9] * 70, params))  # 80: has to wait
+    for i in range(2, 40):
+        scheduler.add(Request(i, [5] * 10, params))  # 20 rows each
+    ended = [event.request for _, event in run(scheduler) if event.finish_reason]
+    assert ended.index(2) < ended.index(1) <= 1 + 8 + 2
+    assert sorted(ended) == list(range(40))
+
+
+def test_priority(tiny):
+    params = SamplingParams(max_new_tokens=2, ignore_eos=True)
+    scheduler = Scheduler(tiny.runner, memory=MemoryAccount(60 * tiny.runner.layout.bytes_per_token), positions=512)
+    for i in range(4):
+        scheduler.add(Request(i, [9] * 50, params, priority=-i))
+    assert [event.request for _, event in run(scheduler) if event.finish_reason] == [3, 2, 1, 0]
+
+
+def test_cancel_frees_what_a_request_holds(tiny):
+    memory = MemoryAccount(1 << 28)
+    scheduler = Scheduler(tiny.runner, memory=memory, positions=512)
+    for i in range(3):
+        scheduler.add(Request(i, [9] * 50, SamplingParams(max_new_tokens=50, n=2, ignore_eos=True)))
+    scheduler.step()
+    scheduler.step()
+    ended = scheduler.cancel(1)
+    assert [(e.sample, e.finish_reason) for e in ended] == [(0, "cancelled"), (1, "cancelled")]
+    assert {e.request for _, e in run(scheduler)} == {0, 2}
+    assert memory.free == memory.budget
+
+
+def damaged(llm):
+    """A context whose keys are not numbers."""
+    context = llm.read(TEXT)
+    for data, used in context.sequence.segments():
+        data[1, 0, :, : used // 2] = float("nan")
+    return context
+
+
+def test_one_that_fails_does_not_harm_the_others(tiny):
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    torch.manual_seed(1)
+    good = [torch.randint(3, 259, (n,)).tolist() for n in range(20, 51)]
+    alone = [tiny.generate([p], params)[0][0].token_ids for p in good]
+    context = damaged(tiny)
+    scheduler = tiny.scheduler()
+    scheduler.add(Request(31, [5, 6], params, context.sequence))
+    for i, ids in enumerate(good):
+        scheduler.add(Request(i, ids, params))
+    answers, errors = {i: [] for i in range(31)}, {}
+    for _, event in run(scheduler):
+        if event.error:
+            errors[event.request] = event.error
+        elif event.choice:
+            answers[event.request].append(event.choice.token)
+    assert list(answers.values()) == alone
+    assert list(errors) == [31]
+    assert "not numbers" in str(errors[31])
+
+
+def test_a_pass_that_fails_is_made_again_one_by_one(tiny, monkeypatch):
+    stock = tiny.runner.run
+
+    def run_but(batch):
+        if any(list(work.token_ids[:1]) == [13] for work in batch):
+            raise RuntimeError("no memory")
+        return stock(batch)
+
+    params = SamplingParams(max_new_tokens=3, ignore_eos=True)
+    expected = [a[0].token_ids for a in tiny.generate([[5] * 9, [6] * 9], params)]
+    monkeypatch.setattr(tiny.runner, "run", run_but)
+    first, failed, last = (a[0] for a in tiny.generate([[5] * 9, [13] * 9, [6] * 9], params))
+    assert [first.token_ids, last.token_ids] == expected
+    assert (failed.finish_reason, str(failed.error)) == ("error", "no memory")
+    with pytest.raises(RuntimeError, match="no memory"):
+        tiny.generate([[13] * 9], params)
+
+
+def test_many_threads_share_one_engine(tiny):
+    alone = [tiny.generate([p], s)[0][0].token_ids for p, s in zip(prompts(), SAMPLED, strict=True)]
+    with ThreadPoolExecutor(5) as pool:
+        for _ in range(3):
+            answers = pool.map(lambda ids, params: tiny.generate([ids], params)[0][0].token_ids, prompts(), SAMPLED)
+            assert list(answers) == alone
+
+
+def test_leaving_a_stream_ends_its_requests(tiny):
+    events = tiny.stream([[9] * 50], SamplingParams(max_new_tokens=400, ignore_eos=True))
+    next(events)
+    events.close()
+    assert not tiny.engine.alive or not tiny.engine._scheduler.busy
+    assert tiny.memory.free == tiny.memory.budget - tiny.memory.held
+    assert len(tiny.generate([[9] * 50], SamplingParams(max_new_tokens=3, ignore_eos=True))[0][0].token_ids) == 3
+
+
+def test_contexts_and_requests_are_in_one_account(tiny_folder):
+    size = LLM(tiny_folder, weights="float32").runner.layout.bytes_per_token
+    llm = LLM(tiny_folder, weights="float32", kv_budget=800 * size)
+    kept = [llm.read(TEXT)]
+    kept.append(llm.read(TEXT))
+    length = kept[0].length
+    assert llm.memory.held == 2 * length * size
+    with pytest.raises(CapacityError, match="open contexts hold .* --kv-budget"):
+        llm.read(TEXT)
+    kept.pop().close()
+    params = SamplingParams(max_new_tokens=20, ignore_eos=True)
+    assert len(llm.ask(kept[0], ["who?", "what?"], params)) == 2  # its rows are shared, not counted again
+    kept.append(llm.read(TEXT))
+
+
+def test_prompts_of_one_call_draw_numbers_of_their_own(tiny):
+    params = SamplingParams(max_new_tokens=20, temperature=1.0, seed=3, ignore_eos=True)
+    answers = [a[0].token_ids for a in tiny.generate([[9] * 20] * 4, params)]
+    assert len({tuple(a) for a in answers}) == 4
+    assert answers == [a[0].token_ids for a in tiny.generate([[9] * 20] * 4, params)]
+    free = SamplingParams(max_new_tokens=20, temperature=1.0, ignore_eos=True)
+    first, second = (tiny.generate([[9] * 20], free)[0][0] for _ in range(2))
+    assert first.token_ids != second.token_ids
+    again = SamplingParams(max_new_tokens=20, temperature=1.0, seed=first.seed, ignore_eos=True)
+    assert tiny.generate([[9] * 20], again)[0][0].token_ids == first.token_ids
+
+
+def test_a_completion_says_what_it_used(tiny):
+    params = SamplingParams(max_new_tokens=4, ignore_eos=True)
+    answer = tiny.generate([9] * 20, params)[0][0]
+    assert (answer.prompt_tokens, answer.cached_tokens, len(answer.token_ids)) == (20, 0, 4)
+    context = tiny.read(TEXT)
+    answer = tiny.ask(context, "who?", params)[0][0]
+    assert (answer.prompt_tokens - answer.cached_tokens, answer.cached_tokens) == (
+        len("\n\nwho?[assistant]"),
+        context.length,
+    )
+
+
+def test_chat(tiny):
+    params = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    ids = byte_tokenizer().encode("[system]be brief[user]hello[assistant]", add_special_tokens=False)
+    assert tiny.chat(messages, params)[0][0].token_ids == tiny.generate(ids, params)[0][0].token_ids
+    assert len(tiny.chat([messages, messages[1:]], params)) == 2
+    with pytest.raises(UsageError, match=r"LLM\.chat"):
+        tiny.generate(messages)
 
 
 def test_read_ask_save_open(tiny, tmp_path):
@@ -220,10 +392,10 @@ def test_a_file_of_another_model_or_dtype(tiny, tmp_path, tiny_folder):
 
 
 def test_read_goes_on_after_an_interruption(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(llm_module, "CHECKPOINT", 100)
+    monkeypatch.setattr(documents, "CHECKPOINT", 100)
     monkeypatch.setattr("thresher.cache.file.BLOCK", 100)
     monkeypatch.setattr("thresher.cache.format.BLOCK", 100)
-    monkeypatch.setattr(tiny, "chunk_size", 50)
+    monkeypatch.setattr(tiny.engine._scheduler, "_chunk_size", 50)
     steps = []
 
     def interrupt(done, total):
@@ -247,7 +419,7 @@ def test_killed_while_reading(tiny_folder, tmp_path):
     """SIGKILL in the middle of `read`: no half file; the next read goes on and gives the same file."""
     code = f"""
 import time
-from thresher.engine import llm as m
+from thresher.engine import documents as m
 m.CHECKPOINT = 512
 from thresher import LLM
 llm = LLM({str(tiny_folder)!r}, weights="float32", chunk_size=64, allow_extrapolation=True)
@@ -312,6 +484,6 @@ def test_unknown_settings(tiny_folder):
 
 
 def test_scheduler_is_idle_after_all(tiny):
-    scheduler = Scheduler(tiny.runner, tiny.attention, 512, 1 << 20, 64)
+    scheduler = Scheduler(tiny.runner, memory=MemoryAccount(1 << 20), positions=512)
     assert not scheduler.busy
     assert scheduler.step() == []

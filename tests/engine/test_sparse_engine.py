@@ -8,8 +8,8 @@ from thresher import LLM, SamplingParams
 from thresher.attention.index import Index
 from thresher.attention.registry import METHODS, parse_method
 from thresher.cache.sequence import KVSequence
+from thresher.engine.requests import Request
 from thresher.engine.runner import Work
-from thresher.engine.scheduler import Request
 
 READ = "sinks=2,window=16,dense_layers=none,dense_below=0"
 SPARSE = {
@@ -112,8 +112,8 @@ def test_results_do_not_depend_on_the_batch_in_bf16(tiny_folder, name):
 def test_samples_share_a_prompt(engine, name):
     """Samples of one prompt are forks; the first is what a single sample gives, and all differ."""
     llm = engine(SPARSE[name])
-    many = SamplingParams(max_new_tokens=40, temperature=1.0, n=4, ignore_eos=True)
-    single = SamplingParams(max_new_tokens=40, temperature=1.0, ignore_eos=True)
+    many = SamplingParams(max_new_tokens=40, temperature=1.0, seed=0, n=4, ignore_eos=True)
+    single = SamplingParams(max_new_tokens=40, temperature=1.0, seed=0, ignore_eos=True)
     answers = tokens(llm.generate([prompts()[2]], many))[0]
     assert answers[0] == tokens(llm.generate([prompts()[2]], single))[0][0]
     assert len({tuple(a) for a in answers}) == 4
@@ -173,7 +173,7 @@ def test_short_contexts_stay_dense_by_default(engine, tiny, name):
     """No index is made where a method would not win. (The oracles never win, and are used at any length.)"""
     llm = engine(name)
     scheduler = llm.scheduler()
-    scheduler.add(Request(0, prompts()[-1], SAMPLED[0]))
+    scheduler.add(Request(0, prompts()[-1], SAMPLED[0], method=llm.attention))
     answer = []
     while scheduler.busy:
         answer += [e.choice.token for e in scheduler.step()]

@@ -81,3 +81,50 @@ def test_special_tokens_are_not_shown(special):
     stream = TextStream(BYTES)
     ids = [*BYTES.encode("ab", add_special_tokens=False), special, *BYTES.encode("c", add_special_tokens=False)]
     assert "".join(stream.push(i) for i in ids) + stream.finish() == "abc"
+
+
+def test_the_space_before_the_first_word_is_kept():
+    """SentencePiece drops it at the beginning of a text, which an answer is not."""
+    ids = WORDS.encode("the sun", add_special_tokens=False)
+    stream = TextStream(WORDS, context=ids[:1])
+    assert stream.push(ids[1]) == " sun"
+    assert TextStream(WORDS).push(ids[1]) == "sun"
+
+
+def test_a_context_that_ends_inside_of_a_character():
+    first, second = BYTES.encode("é", add_special_tokens=False)
+    stream = TextStream(BYTES, context=[first])
+    assert (
+        stream.push(second) + stream.push(BYTES.encode("a", add_special_tokens=False)[0]) + stream.finish() == "\ufffda"
+    )
+
+
+def test_special_tokens_can_be_stop_strings():
+    ids = [
+        *BYTES.encode("ab", add_special_tokens=False),
+        BYTES.eos_token_id,
+        *BYTES.encode("cd", add_special_tokens=False),
+    ]
+    free, _ = stream_all(BYTES, ids)
+    assert free.text == "abcd"
+    for stop in (("</s>",), ("b</s>c",), ("zz", "</s>c")):
+        stream, _ = stream_all(BYTES, ids, stop)
+        assert stream.matched == stop[-1]
+        assert stream.text == ("a" if stop[-1].startswith("b") else "ab")
+    held, _ = stream_all(BYTES, ids, ("</s>x",))  # what looked like the beginning of a stop string
+    assert held.text == "abcd"
+    assert held.matched is None
+
+
+def test_stop_strings_may_be_included():
+    stream = TextStream(BYTES, ("cd",), include_stop=True)
+    text = "".join(stream.push(i) for i in BYTES.encode("abcdef", add_special_tokens=False))
+    assert text == stream.text == "abcd"
+
+
+def test_finish_tells_of_a_stop_string():
+    """The last character was not whole when it came, and a longer stop string was still possible."""
+    stream = TextStream(BYTES, ("b", "é"))
+    first = BYTES.encode("é", add_special_tokens=False)[0]
+    assert stream.push(first) == ""
+    assert (stream.finish(), stream.matched) == ("\ufffd", None)

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_module
-from thresher.attention.dense import Dense
+from thresher.engine.memory import MemoryAccount
+from thresher.engine.requests import Request
 from thresher.engine.runner import Runner, Work
 from thresher.engine.sampling import SamplingParams
-from thresher.engine.scheduler import Request, Scheduler
+from thresher.engine.scheduler import Scheduler
 from thresher.models.fuse import Attention, DecoderLayer, GatedMLP, RMSNorm
 from thresher.models.load import prepare
 
@@ -38,7 +39,7 @@ def test_greedy_tokens_are_those_of_transformers(name, swap):
     prompts = [torch.randint(3, 300, (n,)).tolist() for n in (1, 2, 17, 64, 130)]
     expected = [greedy(module, p, 64) for p in prompts]
     model = prepare(copy.deepcopy(module), byte_tokenizer(), name, "float32", swap)
-    scheduler = Scheduler(Runner(model), Dense(), 512, 1 << 28, 50)
+    scheduler = Scheduler(Runner(model), memory=MemoryAccount(1 << 28), positions=512, chunk_size=50)
     got = [[] for _ in prompts]
     for i, p in enumerate(prompts):
         scheduler.add(Request(i, p, SamplingParams(max_new_tokens=64, ignore_eos=True)))
@@ -104,7 +105,7 @@ def test_a_module_that_computes_something_else_is_not_swapped():
     model = prepare(module, byte_tokenizer(), "odd", "float32")
     assert isinstance(model.module.model.layers[1].self_attn, Odd)
     assert isinstance(model.module.model.layers[0], DecoderLayer)
-    scheduler = Scheduler(Runner(model), Dense(), 512, 1 << 28, 50)
+    scheduler = Scheduler(Runner(model), memory=MemoryAccount(1 << 28), positions=512, chunk_size=50)
     scheduler.add(Request(0, [5, 6, 7], SamplingParams(max_new_tokens=20, ignore_eos=True)))
     got = []
     while scheduler.busy:

@@ -41,18 +41,31 @@ def test_linear_layers():
             linear_key_head_dim=16,
             linear_value_head_dim=16,
         ),
-        "layer|flattened",
+        r"Qwen3NextForCausalLM: layers \[0, 1, 2\] are not softmax attention",
     )
 
 
 def test_no_attention_interface():
-    refused(t.BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=2), "attention interface|flattened")
+    config = t.BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=2)
+    refused(config, "BloomForCausalLM does not use transformers' attention interface")
+
+
+@pytest.mark.parametrize("error", [KeyError, TypeError, AttributeError, ValueError, IndexError])
+def test_a_forward_that_fails(error, monkeypatch):
+    module = tiny_module("llama")
+
+    def fail(*args, **kwargs):
+        raise error("what it needs")
+
+    monkeypatch.setattr(module.model.layers[1].mlp, "forward", fail)
+    with pytest.raises(UnsupportedModelError, match=f"does not run as a flattened batch: {error.__name__}: .*needs"):
+        prepare(module, byte_tokenizer(), "failing", "float32")
 
 
 def test_encoder_decoder():
     config = t.T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     torch.manual_seed(0)
-    with pytest.raises(UnsupportedModelError):
+    with pytest.raises(UnsupportedModelError, match="t5 is an encoder-decoder"):
         prepare(t.T5ForConditionalGeneration(config).eval(), byte_tokenizer(), "t5", "float32")
 
 

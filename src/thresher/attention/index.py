@@ -2,16 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 
+from thresher.attention.base import AttentionMethod
 from thresher.attention.snapkv import SnapKV, pack_marks
 from thresher.attention.sparse import GROUP, RECENT_QUERIES, Rank, Shape, SparseMethod
 from thresher.cache.sequence import KVSequence
 from thresher.kernels import _native
 from thresher.kernels.attention import SparseReading
+from thresher.kernels.native import TYPES
 
+_TYPICAL_BLOCK = 2048  # tokens
 _PIECE = 1 << 24  # numbers of keys that are looked at together when a block is built
 
 Queries = Callable[[int], torch.Tensor]  # the last n queries of the sequence, [layers, n, q_heads, head_dim]
@@ -24,10 +28,20 @@ class Block:
     begin: int
     end: int
     arrays: dict[str, torch.Tensor]
+    mapped: bool = False  # its arrays lie in a file
 
     @property
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.arrays.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Growth:
+    """Blocks up to `target` for an index that has fewer, and what its first block has settled."""
+
+    target: int
+    blocks: list[Block]
+    frozen: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,6 @@ class Index:
         self.frozen: dict[str, torch.Tensor] = {}
         self.blocks: list[Block] = []
         self.method = method
-        self._kept: list[torch.Tensor] = []
         self._make_native()
 
     def fork(self) -> "Index":
@@ -98,17 +111,26 @@ class Index:
         for i, (begin, end) in enumerate(bounds):
             if begin != reached or type(end) is not int or not begin < end <= length or (end - begin) % GROUP:
                 raise ValueError("blocks do not follow each other")
-            block = Block(begin, end, {n.partition("/")[2]: t for n, t in arrays.items() if n.startswith(f"{i}/")})
+            if end - begin > method.segment:
+                raise ValueError("a block larger than the method builds")
+            block = Block(
+                begin, end, {n.partition("/")[2]: t for n, t in arrays.items() if n.startswith(f"{i}/")}, mapped=True
+            )
             check_block(block)
             index.blocks.append(block)
             reached = end
         index.frozen = {n.partition("/")[2]: t for n, t in arrays.items() if n.startswith("frozen/")}
         index._check_shapes()
+        for name, t in arrays.items():
+            if t.is_floating_point() and not bool(t.isfinite().all()):
+                raise ValueError(f"{name} holds what is not a finite number")
         index._make_native()
         return index
 
-    def serves(self, method: SparseMethod) -> bool:
-        """Whether this index is one for the method, whatever its other parameters."""
+    def serves(self, method: AttentionMethod | None) -> bool:
+        """Whether this index is one that the method can read, with other parameters of choosing perhaps."""
+        if not isinstance(method, SparseMethod):
+            return False
         same = method.index_key() == self.method.index_key() and method.sinks == self.method.sinks
         return same and method.dense_layer_numbers() == self.method.dense_layer_numbers()
 
@@ -133,23 +155,54 @@ class Index:
         kept = [b for b in self.blocks if b.end <= length]
         if len(kept) < len(self.blocks):
             self.blocks = kept
+            if not kept:
+                self.frozen = {}  # it was fitted to the text that is gone
             self._hand_over()
 
-    def extend(self, sequence: KVSequence, queries: Queries) -> None:
-        """Build blocks of all whole groups that lie before the window."""
+    def target(self, length: int) -> int:
+        """Where blocks must end before a token reads `length` cached ones.
+
+        The first blocks take all whole groups before the window. Later ones leave out the last of them: it has the
+        time of 64 tokens to be built beside the passes, and results do not depend on how long that takes.
+        """
+        ready = self._ready(length)
+        return ready if not self.blocks or ready == self.covered else ready - GROUP
+
+    def ahead(self, length: int) -> int:
+        """Where blocks could end by now; more than `target` tells what will be due next."""
+        return self._ready(length)
+
+    def _ready(self, length: int) -> int:
         if not self.method.indexed or (self.blocks and not self.method.grows):
-            return
-        before = len(self.blocks), self.covered
-        while (n := (sequence.length - self.method.window - self.covered) // GROUP * GROUP) > 0:
-            n = min(n, self.method.segment)
-            self.blocks.append(self._build(sequence, self.covered, self.covered + n, queries))
-            while len(self.blocks) > 1 and self._mergeable(*self.blocks[-2:]):
-                first, second = self.blocks[-2:]
-                self.blocks[-2:] = [self._build(sequence, first.begin, second.end, queries)]
+            return self.covered
+        return self.covered + max(0, (length - self.method.window - self.covered) // GROUP * GROUP)
+
+    def grown(self, sequence: KVSequence, target: int, queries: Queries) -> Growth:
+        """What the index will be with blocks up to `target`. Changes nothing, so another thread may do it."""
+        blocks, frozen = list(self.blocks), self.frozen
+        reached = self.covered
+        while reached < target:
+            end = reached + min(target - reached, self.method.segment)
+            block, frozen = self._build(sequence, reached, end, frozen, queries)
+            blocks.append(block)
+            while len(blocks) > 1 and self._mergeable(*blocks[-2:]):
+                first, second = blocks[-2:]
+                blocks[-2:] = [self._build(sequence, first.begin, second.end, frozen, queries)[0]]
+            reached = end
             if not self.method.grows:
                 break
-        if before != (len(self.blocks), self.covered):
-            self._hand_over()
+        return Growth(target, blocks, frozen)
+
+    def adopt(self, growth: Growth) -> None:
+        """Go on with what `grown` has made of this index."""
+        self.blocks, self.frozen = growth.blocks, growth.frozen
+        self._hand_over()
+
+    def extend(self, sequence: KVSequence, queries: Queries) -> None:
+        """Build what the next token needs, now."""
+        target = self.target(sequence.length)
+        if target > self.covered:
+            self.adopt(self.grown(sequence, target, queries))
 
     def reading(self, length: int) -> SparseReading | None:
         """How the next token reads `length` cached ones; None if there is nothing to choose from."""
@@ -169,8 +222,11 @@ class Index:
         size = first.end - first.begin
         return second.end - second.begin == size and 2 * size <= self.method.segment
 
-    def _build(self, sequence: KVSequence, begin: int, end: int, queries: Queries) -> Block:
-        """Some layers at a time, as their keys are copied."""
+    def _build(
+        self, sequence: KVSequence, begin: int, end: int, frozen: dict[str, torch.Tensor], queries: Queries
+    ) -> tuple[Block, dict[str, torch.Tensor]]:
+        """A block and what is frozen, settled here if it is the first. Some layers at a time, as their keys are
+        copied."""
         heads, n = self.shape.heads, end - begin
         step = max(1, _PIECE // (n * heads.kv_heads * heads.head_dim))
         pieces: list[dict[str, torch.Tensor]] = []
@@ -180,19 +236,17 @@ class Index:
             rows = sequence.rows(begin, end, chosen)
             keys, values = (rows[:, i].flatten(0, 1) for i in (0, 1))
             planes = slice(at * heads.kv_heads, (at + len(chosen)) * heads.kv_heads)
-            if self.frozen:
-                frozen = {name: t[planes] for name, t in self.frozen.items()}
+            if frozen:
+                of_planes = {name: t[planes] for name, t in frozen.items()}
             else:
-                frozen = self.method.freeze(keys, lambda: self._group_queries(queries, chosen), self.shape)  # noqa: B023
-                settled.append(frozen)
-            arrays = self.method.build(keys, values, frozen, self.shape)
+                of_planes = self.method.freeze(keys, lambda: self._group_queries(queries, chosen), self.shape)  # noqa: B023
+                settled.append(of_planes)
+            arrays = self.method.build(keys, values, of_planes, self.shape)
             if isinstance(self.method, SnapKV):
                 marks = self.method.choose(queries, keys, sequence.length, chosen, self.shape)
                 arrays = arrays | {"keep": pack_marks(marks)}
             pieces.append(arrays)
-        if settled:
-            self.frozen = _join(settled)
-        return Block(begin, end, _join(pieces))
+        return Block(begin, end, _join(pieces)), _join(settled) if settled else frozen
 
     def _group_queries(self, queries: Queries, layers: list[int]) -> torch.Tensor:
         """Recent queries of each KV head's group, `[planes, m, head_dim]`."""
@@ -222,21 +276,30 @@ class Index:
 
     def _parameters(self) -> dict[str, Any]:
         parameters = self.method.parameters(self.shape, self.frozen)
-        self._kept = [v for v in parameters.values() if isinstance(v, torch.Tensor)]
-        return {k: v.data_ptr() if isinstance(v, torch.Tensor) else v for k, v in parameters.items()}
+        return parameters | ({"mean": self.frozen["mean"]} if "mean" in self.frozen else {})
 
     def _make_native(self) -> None:
-        mean = self.frozen.get("mean")
+        heads = self.shape.heads
         self._native = _native.Index(
-            self._parameters(), self._slots, 0 if mean is None else mean.data_ptr(), self.method.sinks
+            TYPES[self.shape.dtype], heads.q_heads, heads.kv_heads, heads.head_dim, self._slots, self.method.sinks
         )
         self._hand_over()
 
     def _hand_over(self) -> None:
+        self._native.set_blocks([])  # the method is checked against what it reads
         self._native.set_method(self._parameters())
-        if "mean" in self.frozen:
-            self._native.set_mean(self.frozen["mean"].data_ptr())
-        self._native.set_blocks([(b.begin, b.end, _addresses(b)) for b in self.blocks])
+        self._native.set_blocks([(b.begin, b.end, b.arrays) for b in self.blocks])
+
+
+@lru_cache
+def index_bytes_per_token(method: AttentionMethod | None, shape: Shape, layers: int) -> float:
+    """About how many bytes the method keeps of a token in all layers; 0 if it has no index."""
+    if not isinstance(method, SparseMethod) or method.visibility() or not method.indexed:
+        return 0.0
+    planes = shape.heads.kv_heads * (layers - len([n for n in method.dense_layer_numbers() if n < layers]))
+    zeros = torch.zeros(1, _TYPICAL_BLOCK, shape.heads.head_dim, dtype=shape.dtype)
+    arrays = method.build(zeros, zeros, method.freeze(zeros, lambda: zeros.float(), shape), shape)
+    return planes * sum(t.numel() * t.itemsize for t in arrays.values()) / _TYPICAL_BLOCK
 
 
 def check_block(block: Block) -> None:
@@ -249,7 +312,7 @@ def check_block(block: Block) -> None:
         raise ValueError("clusters that do not exist")
     if "heads" in arrays:
         heads = arrays["heads"]
-        if bool((heads[..., 0] != 0).any() | (heads[..., -1] != n).any() | (heads.diff(dim=-1) < 0).any()):
+        if bool((heads[..., 0] != 0).any() | (heads[..., -1] != n).any() | (heads.long().diff(dim=-1) < 0).any()):
             raise ValueError("buckets out of order")
 
 
@@ -259,12 +322,6 @@ def _check_like(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor],
     for name, t in expected.items():
         if got[name].dtype != t.dtype or got[name].shape != (planes, *t.shape[1:]):
             raise ValueError(f"{name} of another shape")
-
-
-def _addresses(block: Block) -> dict[str, int]:
-    sizes = {"rows": "units", "counts": "clusters"}
-    counts = {sizes[name]: t.shape[1] for name, t in block.arrays.items() if name in sizes}
-    return {name: t.data_ptr() for name, t in block.arrays.items()} | counts
 
 
 def _join(pieces: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -2,12 +2,9 @@
 
 import difflib
 import math
-from dataclasses import fields
-from typing import Any
 
-from thresher.attention import DEFAULT_ATTENTION as DEFAULT_ATTENTION
 from thresher.attention.auto import Auto
-from thresher.attention.base import AttentionMethod
+from thresher.attention.base import AttentionMethod, parameter_types
 from thresher.attention.block_topk import BlockTopK
 from thresher.attention.clusters import Clusters
 from thresher.attention.dense import Dense
@@ -33,13 +30,13 @@ def parse_method(text: str) -> AttentionMethod:
     if name not in METHODS:
         raise UsageError(f"attention '{name}': {_unknown(name, list(METHODS))}")
     method = METHODS[name]
-    types: dict[str, Any] = {f.name: type(f.default) for f in fields(method)}
+    types = parameter_types(method)
     chosen: dict[str, int | float | str] = {}
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")
         if key not in types:
             raise UsageError(f"attention '{name}', parameter '{key}': {_unknown(key, list(types))}")
-        kind = float if "float" in str(_annotation(method, key)) else types[key]
+        kind = types[key]
         try:
             chosen[key] = number(value) if kind is float else kind(value)
         except ValueError:
@@ -55,10 +52,6 @@ def number(text: str) -> int | float:
         if not math.isfinite(x := float(text)):
             raise
         return x
-
-
-def _annotation(method: type[AttentionMethod], name: str) -> object:
-    return next(f.type for f in fields(method) if f.name == name)
 
 
 def _kind(kind: type) -> str:

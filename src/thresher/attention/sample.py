@@ -3,8 +3,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from thresher.attention.sparse import Rank, Shape, SparseMethod, Take
+from thresher.attention.sparse import Rank, Shape, SparseMethod, Take, amount_tokens, check_amount
 from thresher.errors import UsageError
+
+MOST_DRAWS = 10**6  # a step takes as long as its draws
 
 
 @dataclass(frozen=True)
@@ -12,7 +14,7 @@ class Sample(SparseMethod):
     """Oracle sampling: draws rows by their exact attention weights and averages their values; MagicPIG, section 3.
 
     draws: independent draws of a query head among the rows between sinks and window (which are weighed exactly, as
-    is the total weight of the others); below 1 a share of the context. Unbiased. Reads all keys, so it is no faster
+    is the total weight of the others), or a share of the context below 1. Unbiased. Reads all keys, so it is no faster
     than dense.
     """
 
@@ -27,8 +29,9 @@ class Sample(SparseMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.draws > 0:
-            raise UsageError(f"sample, draws={self.draws}: give a number of draws, or a share of the context below 1")
+        check_amount(self.name, "draws", self.draws)
+        if self.draws > MOST_DRAWS:
+            raise UsageError(f"sample, draws={self.draws}: give at most {MOST_DRAWS} draws")
 
     @property
     def indexed(self) -> bool:
@@ -38,7 +41,7 @@ class Sample(SparseMethod):
         return f"sinks={self.sinks}"
 
     def budget_tokens(self, context: int) -> int:
-        return int(self.draws) if self.draws >= 1 else max(1, round(self.draws * context))
+        return amount_tokens(self.draws, context)
 
     def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
         return super().parameters(shape, frozen) | {"take": Take.DRAW, "seed": self.seed}

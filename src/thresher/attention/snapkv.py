@@ -55,7 +55,8 @@ class SnapKV(BudgetMethod):
         grouped = q.view(-1, observed, shape.heads.kv_heads, shape.group, dim).permute(0, 2, 3, 1, 4)
         scores = torch.bmm(grouped.reshape(planes, -1, dim), keys.float().transpose(1, 2)) * dim**-0.5
         votes = scores.softmax(dim=-1).mean(dim=1)
-        pooled = F.max_pool1d(votes[:, None], self.pool, stride=1, padding=self.pool // 2)[:, 0]
+        width = min(self.pool, 2 * n - 1)  # as far as from one end to the other
+        pooled = F.max_pool1d(votes[:, None], width, stride=1, padding=width // 2)[:, 0]
         kept = pooled.topk(min(self.budget_tokens(context), n), dim=-1).indices
         return torch.zeros(planes, n, dtype=torch.bool).scatter_(1, kept, True)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from functools import lru_cache
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -79,8 +80,11 @@ class SparseMethod(AttentionMethod):
     dense_below: int = -1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.sinks < 0 or self.window < 1:
             raise UsageError(f"{self}: sinks must be 0 or more, window 1 or more")
+        if getattr(self, "seed", 0) < 0:
+            raise UsageError(f"{self}: seed must be 0 or more")
         self.dense_layer_numbers()
 
     # Blocks of the index -------------------------------------------------------------------------------------------
@@ -196,10 +200,10 @@ class SparseMethod(AttentionMethod):
 class BudgetMethod(SparseMethod):
     """A sparse method that reads the best of what it ranks.
 
-    budget: tokens a query head chooses, or below 1 a share of the context. union: 1, every query head weighs all
-    that its group reads, which costs no memory traffic; 0, only what it chose itself. tail: centroids a block that
-    answer for what is not read (0: it is dropped): the mean key and mean value of a whole cluster, as often as rows
-    of it are not read.
+    budget: tokens a query head chooses, or a share of the context below 1; 1 is one token, and 1.0 is refused as it
+    could be either. union: 1, every query head weighs all that its group reads, which costs no memory traffic; 0,
+    only what it chose itself. tail: centroids a block that answer for what is not read (0: it is dropped): the mean
+    key and mean value of a whole cluster, as often as rows of it are not read.
     """
 
     budget: float = 256
@@ -208,8 +212,7 @@ class BudgetMethod(SparseMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.budget > 0:
-            raise UsageError(f"{self.name}, budget={self.budget}: give tokens, or a share of the context below 1")
+        check_amount(self.name, "budget", self.budget)
         if self.union not in (0, 1):
             raise UsageError(f"{self.name}, union={self.union}: give 0 or 1")
         if not 0 <= self.tail <= 4096:
@@ -218,7 +221,7 @@ class BudgetMethod(SparseMethod):
             raise UsageError(f"{self.name}: a tail needs union=1, as its centroids are made for a whole group")
 
     def budget_tokens(self, context: int) -> int:
-        return int(self.budget) if self.budget >= 1 else max(1, round(self.budget * context))
+        return amount_tokens(self.budget, context)
 
     def index_key(self) -> str:
         return f"{self.name},sinks={self.sinks},tail={self.tail}"
@@ -238,6 +241,18 @@ class BudgetMethod(SparseMethod):
     def index_bytes(self, candidates: int, shape: Shape) -> float:
         blocks = -(-candidates // self.segment)
         return min(self.tail * blocks, candidates / GROUP) * centroid_bytes(shape) if self.tail else 0.0
+
+
+def check_amount(name: str, parameter: str, amount: float) -> None:
+    """An amount is a whole number of tokens, or a share of the context above 0 and below 1. Raises UsageError if it is
+    neither, as 2.5 and 1.0 are: next to 0.99, which is nearly all, the latter would not look like one token."""
+    if not (0 < amount < 1 or (isinstance(amount, Integral) and amount >= 1)):
+        raise UsageError(f"{name}, {parameter}={amount}: give whole tokens (1, 256), or a share of the context below 1")
+
+
+def amount_tokens(amount: float, context: int) -> int:
+    """The tokens that an amount (see `check_amount`) is in a context of so many."""
+    return int(amount) if amount >= 1 else max(1, round(amount * context))
 
 
 def union_factor(group: int) -> float:

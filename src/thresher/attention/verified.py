@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 
 from thresher.attention.sign import build_signs, check_bits, freeze_signs, sign_bytes, sign_parameters, signs_key
-from thresher.attention.sparse import Planes, Rank, Shape, SparseMethod, Take
+from thresher.attention.sparse import Planes, Rank, Shape, SparseMethod, Take, amount_tokens, check_amount
 from thresher.errors import UsageError
 
 
@@ -13,7 +13,7 @@ from thresher.errors import UsageError
 class Verified(SparseMethod):
     """The best rows by sign bits, and of the rest a uniform sample as large as a stated error asks for; vAttention.
 
-    heavy: tokens a query head chooses (all are weighed by the whole group), or below 1 a share of the context.
+    heavy: tokens a query head chooses (all are weighed by the whole group), or a share of the context below 1.
     epsilon, delta: the output's relative error exceeds epsilon with probability at most delta, by the central limit
     theorem. pilot: the share of the rest that estimates its spread. bits: as in `sign`. A sample of half the rest
     or more reads all of it instead.
@@ -33,8 +33,7 @@ class Verified(SparseMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_bits(self.name, self.bits)
-        if not self.heavy > 0:
-            raise UsageError(f"verified, heavy={self.heavy}: give tokens, or a share of the context below 1")
+        check_amount(self.name, "heavy", self.heavy)
         for name in ("epsilon", "delta", "pilot"):
             if not 0 < getattr(self, name) < 1:
                 raise UsageError(f"verified, {name}={getattr(self, name)}: give a number between 0 and 1")
@@ -43,7 +42,7 @@ class Verified(SparseMethod):
         return f"{signs_key(self.bits, self.seed)},verified,sinks={self.sinks},tail=0"
 
     def budget_tokens(self, context: int) -> int:
-        return int(self.heavy) if self.heavy >= 1 else max(1, round(self.heavy * context))
+        return amount_tokens(self.heavy, context)
 
     def freeze(self, keys: torch.Tensor, queries: Planes, shape: Shape) -> dict[str, torch.Tensor]:
         return freeze_signs(keys, queries(), self.bits, self.seed, shape)

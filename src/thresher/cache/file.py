@@ -18,6 +18,7 @@ import torch
 from thresher.cache.arrays import read_arrays, write_arrays
 from thresher.cache.format import (
     BLOCK,
+    MAGIC,
     Identity,
     KVFileInfo,
     Offsets,
@@ -35,6 +36,7 @@ from thresher.cache.sequence import KVLayout, KVSequence, Segment
 from thresher.errors import KVFileBusyError, KVFileDamagedError, KVFileError, KVFileMismatchError, StorageError
 
 _MAP_NORESERVE = 0x4000  # of Linux; Python's mmap module does not name it
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems without flock
 
 Progress = Callable[[int, int], None]
 Arrays = tuple[dict[str, Any], dict[str, torch.Tensor]]  # what cache/arrays.py keeps: meta and named arrays
@@ -123,16 +125,19 @@ class KVFileWriter:
         self._where: Offsets = offsets(info, header_size(info))
         self._token_ids = np.asarray(token_ids, dtype="<i4")
         self._checksums: list[int] = []
-        if path.is_dir():
-            raise StorageError(f"{path} is a folder; give a file name")
+        _check_target(path)
         self._file = self._lock()
         try:
             if resume:
                 self._checksums = self._checkpoint()
             if not self._checksums:
-                self._start()
+                try:
+                    self._start()
+                except OSError:
+                    self.discard()
+                    raise
         except OSError as error:
-            self.discard()
+            self.close()  # what an earlier writer left stays
             raise _storage_error(path, error) from error
         self.done = min(len(self._checksums) * BLOCK, info.length)
 
@@ -155,18 +160,20 @@ class KVFileWriter:
             raise ValueError("the sequence holds other tokens than the file")
         layout = self.info.layout
         row_bytes = layout.head_dim * layout.dtype.itemsize
+        checksums = list(self._checksums)  # the writer's own grow only once all is safe, so a failure can be repeated
         try:
             for begin in range(self.done, end, BLOCK):
                 stop = min(begin + BLOCK, end)
                 rows = sequence.rows(begin, stop)
-                self._checksums.append(block_checksum(self._token_ids[begin:stop], rows))
+                checksums.append(block_checksum(self._token_ids[begin:stop], rows))
                 for i, plane in enumerate(rows.flatten(0, 2)):
                     at = self._where.rows + (i * self.info.length + begin) * row_bytes
                     write_all(self._file, raw(plane.contiguous()), at)
             os.fsync(self._file.fileno())
-            self._write_note()
+            self._write_note(checksums)
         except OSError as error:
             raise _storage_error(self.path, error) from error
+        self._checksums = checksums
         self.done = end
 
     def finish(self, arrays: Arrays | None = None) -> None:
@@ -182,9 +189,7 @@ class KVFileWriter:
             os.fsync(self._file.fileno())
             os.replace(self._part, self.path)
             self._note.unlink(missing_ok=True)
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            _sync_folder(self.path.parent)
         except OSError as error:
             raise _storage_error(self.path, error) from error
         self.close()
@@ -219,8 +224,12 @@ class KVFileWriter:
                 with contextlib.suppress(FileNotFoundError):
                     if os.path.samestat(os.fstat(file.fileno()), os.stat(self._part)):
                         return file
-            except BlockingIOError:
+            except OSError as error:
+                if error.errno in _NO_LOCKS:
+                    return file
                 file.close()
+                if not isinstance(error, BlockingIOError):
+                    raise _storage_error(self.path, error) from error
                 raise KVFileBusyError(f"{self.path} is being written by another process") from None
             file.close()
 
@@ -228,16 +237,20 @@ class KVFileWriter:
         self._file.truncate(0)
         os.posix_fallocate(self._file.fileno(), 0, self._where.end)
         write_all(self._file, memoryview(self._token_ids.tobytes()), self._where.tokens)
-        self._write_note()
+        self._write_note([])
 
     def _described(self) -> dict[str, Any]:
         return describe(self.info) | {"tokens": hashlib.sha256(self._token_ids.tobytes()).hexdigest()}
 
-    def _write_note(self) -> None:
-        text = json.dumps(self._described() | {"checksums": self._checksums})
+    def _write_note(self, checksums: list[int]) -> None:
+        text = json.dumps(self._described() | {"checksums": checksums})
         temporary = self._note.with_name(self._note.name + ".new")
-        temporary.write_text(text)
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, self._note)
+        _sync_folder(self._note.parent)
 
     def _checkpoint(self) -> list[int]:
         """Checksums of the blocks that an earlier writer left and that still match; empty if it was another file."""
@@ -266,6 +279,30 @@ def _rows_at(memory: mmap.mmap, layout: KVLayout, length: int, offset: int) -> t
     count = length * layout.bytes_per_token // layout.dtype.itemsize
     flat = torch.frombuffer(memory, dtype=layout.dtype, count=count, offset=offset)
     return flat.view(layout.layers, 2, layout.kv_heads, length, layout.head_dim)
+
+
+def _check_target(path: Path) -> None:
+    """Only a regular KV file is ever replaced. Raises StorageError."""
+    if path.is_dir():
+        raise StorageError(f"{path} is a folder; give a file name")
+    try:
+        if not os.path.lexists(path):
+            return
+        if not path.is_symlink() and path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(MAGIC)) == MAGIC:
+                    return
+    except OSError as error:
+        raise _storage_error(path, error) from error
+    raise StorageError(f"{path} exists and is not a KV file; give another name or remove it")
+
+
+def _sync_folder(folder: Path) -> None:
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _open_to_read(path: Path) -> BinaryIO:

@@ -144,8 +144,10 @@ def decode_header(file: BinaryIO, path: Path, file_bytes: int) -> tuple[KVFileIn
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise KVFileDamagedError(f"{path} is damaged: its header makes no sense ({error})") from error
     where = offsets(info, size)
+    if file_bytes < where.end:
+        raise KVFileDamagedError(f"{path} is damaged: it has {file_bytes} bytes, its header says {where.end}")
     file.seek(where.end)
-    if file_bytes < where.end or (file_bytes > where.end and file.read(len(INDEX_MAGIC)) != INDEX_MAGIC):
+    if file_bytes > where.end and file.read(len(INDEX_MAGIC)) != INDEX_MAGIC:
         raise KVFileDamagedError(f"{path} is damaged: it has {file_bytes} bytes, its header says {where.end}")
     return info, checksums, where
 
@@ -171,6 +173,8 @@ def decode_info(fields: Mapping[str, Any]) -> KVFileInfo:
         dtype=_DTYPES[fields["dtype"]],
     )
     named = texts({name: fields[name] for name in ("weights", "framing")} | {"model": fields.get("model", "")})
+    if named["framing"] not in ("chat", "plain"):
+        raise ValueError("framing")
     return KVFileInfo(
         identity=Identity(**texts(fields["identity"])),
         layout=layout,

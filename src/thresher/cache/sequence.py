@@ -150,6 +150,16 @@ class KVSequence:
         other.index = self.index.fork() if self.index else None
         return other
 
+    def view(self, length: int) -> "KVSequence":
+        """The first `length` tokens as a sequence to read along in for a moment: it shares rows without freezing the
+        tail as `fork` does, so it holds only until this sequence is cropped."""
+        other = KVSequence(self.layout)
+        for part in self._parts:
+            if used := min(part.used, length - other.length):
+                other._parts.append(_Part(part.segment, used))
+                other.token_ids += self.token_ids[other.length : other.length + used]
+        return other
+
     def rows(self, begin: int, end: int, layers: Sequence[int] | None = None) -> torch.Tensor:
         """A copy of positions [begin, end) of all or some layers: `[layers, 2, kv_heads, end - begin, head_dim]`."""
         pieces, start = [], 0

@@ -1,62 +1,53 @@
-"""The library's front door: load a model, generate, read documents, ask them."""
+"""The library's front door: load a model, generate, chat, read documents, ask them."""
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-
+from thresher.attention import DEFAULT_ATTENTION
 from thresher.attention.base import AttentionMethod
-from thresher.attention.index import Index
 from thresher.attention.registry import parse_method
-from thresher.attention.sparse import Shape, SparseMethod
-from thresher.cache.file import KVFileWriter, open_kv, save
-from thresher.cache.format import Identity, KVFileInfo, Source
+from thresher.cache.format import Identity, KVFileInfo
 from thresher.cache.sequence import KVSequence
-from thresher.engine.framing import FRAMINGS, default_framing, document_tokens, prompt_tokens, question_tokens
-from thresher.engine.runner import Runner, Work
-from thresher.engine.sampler import Choice
+from thresher.engine.completion import Completion, collect
+from thresher.engine.documents import (
+    Context,
+    open_document,
+    read_document,
+    read_into_file,
+    save_document,
+    source_of,
+)
+from thresher.engine.engine import Engine, Stream
+from thresher.engine.framing import (
+    FRAMINGS,
+    conversation_tokens,
+    default_framing,
+    document_tokens,
+    prompt_tokens,
+    question_tokens,
+)
+from thresher.engine.memory import MemoryAccount
+from thresher.engine.requests import Event, Request
+from thresher.engine.runner import Runner
 from thresher.engine.sampling import SamplingParams
-from thresher.engine.scheduler import Event, Request, Scheduler
-from thresher.errors import CapacityError, KVFileDamagedError, UsageError
+from thresher.engine.scheduler import PASS_SECONDS, Scheduler
+from thresher.errors import UsageError
+from thresher.machine.memory import available_memory
 from thresher.models.load import load
 from thresher.models.resolve import DEFAULT_MODEL, resolve
 
-CHECKPOINT = 2048  # tokens of a document between two checkpoints of its file
+__all__ = ["LLM", "Completion", "Context"]
 
-
-@dataclass(frozen=True)
-class Completion:
-    """One answer. `choices` has a token each, with log-probabilities if they were asked for."""
-
-    text: str
-    choices: tuple[Choice, ...]
-    finish_reason: str
-
-    @property
-    def token_ids(self) -> list[int]:
-        return [c.token for c in self.choices]
-
-
-@dataclass(frozen=True)
-class Context:
-    """A document in the KV cache, ready for questions."""
-
-    sequence: KVSequence
-    framing: str
-    source: Source | None = None
-
-    @property
-    def length(self) -> int:
-        """Tokens."""
-        return self.sequence.length
+Prompts = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | Sequence[str | Sequence[int]]
+Messages = Sequence[Mapping[str, str]]
+Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 class LLM:
-    """A model with its attention method and KV budget.
+    """A model with its attention method and KV budget. Any number of threads may use it at once.
 
     >>> llm = LLM()
     >>> context = llm.read(open("book.txt").read(), path="book.kv")
@@ -67,64 +58,114 @@ class LLM:
         self,
         model: str | Path = DEFAULT_MODEL,
         *,
-        attention: str | AttentionMethod = "dense",
+        attention: str | AttentionMethod = DEFAULT_ATTENTION,
         weights: str = "bf16",
         kv_budget: int | None = None,
         chunk_size: int = 512,
+        pass_seconds: float = PASS_SECONDS,
         allow_extrapolation: bool = False,
         trust_remote_code: bool = False,
         progress: Callable[[str], None] = lambda message: None,
     ) -> None:
         """Load a model.
 
-        model: a hub id, folder, .gguf file or the embedded default. attention: a method such as "dense" or
-        "streaming:sinks=4,window=1024"; it applies to generated tokens. weights: bf16, int8 or float32 (keys, values
-        and activations are float32 only with float32 weights). kv_budget: bytes of keys and values that requests may
-        hold, by default half of the free memory. chunk_size: prompt tokens of one pass. allow_extrapolation: permit
-        sequences longer than the model was trained for.
+        model: a hub id, folder, .gguf file or the embedded default. attention: how generated tokens read the cache, as
+        "dense" (exact), "auto" (dense where a context is short, else what it takes for nearly the same) or any of
+        `thresher methods`, as "streaming:sinks=4,window=1024". weights: bf16, int8 or float32 (keys, values and
+        activations are float32 only with float32 weights). kv_budget: bytes that contexts and requests may hold in
+        keys, values and indexes, by default half of the free memory. chunk_size: most prompt tokens of one pass.
+        pass_seconds: about how long a pass may take while something else waits. allow_extrapolation: permit sequences
+        longer than the model was trained for.
 
         Raises ModelError, UnsupportedModelError, StorageError or UsageError.
         """
         if chunk_size < 1:
             raise UsageError(f"chunk_size={chunk_size}: must be 1 or more")
+        if not pass_seconds > 0:
+            raise UsageError(f"pass_seconds={pass_seconds}: must be above 0")
         if kv_budget is not None and kv_budget < 1:
             raise UsageError(f"kv_budget={kv_budget}: must be a number of bytes above 0")
         self.attention = parse_method(attention) if isinstance(attention, str) else attention
         self._progress = progress
         self.source = resolve(model, progress)
-        self.model = load(self.source, weights, trust_remote_code)
+        self.model = load(self.source, weights, trust_remote_code, progress)
         self.runner = Runner(self.model)
         self.positions = 1 << 40 if allow_extrapolation else self.model.positions
-        self.kv_budget = kv_budget or psutil.virtual_memory().available // 2
+        self.kv_budget = kv_budget or available_memory() // 2
         self.chunk_size = chunk_size
+        self.pass_seconds = pass_seconds
+        self.memory = MemoryAccount(self.kv_budget)
+        self.engine = Engine(self.scheduler())
+        self._preparing = threading.Lock()
 
     @property
     def identity(self) -> Identity:
         return Identity(self.model.name, self.model.fingerprint, self.model.tokenizer_fingerprint)
 
+    @property
+    def dense_up_to(self) -> int:
+        """Contexts of up to this many tokens are read densely because the sparse method would not win there."""
+        return self.runner.dense_up_to(self.attention)
+
+    # Prompts ---------------------------------------------------------------------------------------------------------
+
     def generate(
         self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Prompts,
+        params: Params = None,
         framing: str = "plain",
+        *,
+        attention: str | AttentionMethod | None = None,
     ) -> list[list[Completion]]:
-        """`params.n` answers to each prompt (text or token ids). framing "chat" wraps texts as a user message."""
-        return _collect(self.stream(prompts, params, framing))
+        """`params.n` answers to each prompt: a text, a list of token ids, or several of either. framing "chat" wraps
+        texts as a user's message. attention: another method than the model's own.
+
+        With one `params` for several prompts each draws random numbers of its own; with a list, a prompt's answer
+        depends on its own seed alone. A prompt that fails while others run has completions whose finish_reason is
+        "error"; if all fail, the first error is raised.
+        """
+        listed = _prompts(prompts)
+        return collect(self.stream(listed, params, framing, attention=attention), len(listed))
 
     def stream(
         self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Prompts,
+        params: Params = None,
         framing: str = "plain",
+        *,
+        attention: str | AttentionMethod | None = None,
     ) -> Iterator[Event]:
-        """The same, token by token, of all prompts as they come."""
-        listed: Sequence[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else prompts
+        """The same, token by token, of all prompts as they come. Events name their prompt by its place; leaving the
+        iterator cancels what still runs."""
         tokenizer = self.model.tokenizer
-        requests: list[tuple[list[int], KVSequence | None]] = []
-        for prompt in listed:
-            ids = prompt_tokens(tokenizer, prompt, _known(framing)) if isinstance(prompt, str) else list(prompt)
-            requests.append((ids, None))
-        return self._run(requests, params)
+        known = _known(framing)
+        ids = [prompt_tokens(tokenizer, p, known) if isinstance(p, str) else p for p in _prompts(prompts)]
+        return self._submit([(i, None) for i in ids], params, attention)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        params: Params = None,
+        *,
+        attention: str | AttentionMethod | None = None,
+    ) -> list[list[Completion]]:
+        """Answers to a conversation, or to each of several: `[{"role": "user", "content": "..."}, ...]`, with a system
+        prompt and earlier turns as the model's template knows them."""
+        listed = _conversations(messages)
+        return collect(self.stream_chat(listed, params, attention=attention), len(listed))
+
+    def stream_chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        params: Params = None,
+        *,
+        attention: str | AttentionMethod | None = None,
+    ) -> Iterator[Event]:
+        """The same, token by token."""
+        ids = [conversation_tokens(self.model.tokenizer, m) for m in _conversations(messages)]
+        return self._submit([(i, None) for i in ids], params, attention)
+
+    # Documents -------------------------------------------------------------------------------------------------------
 
     def read(
         self,
@@ -144,23 +185,18 @@ class LLM:
         """
         framing = _known(framing or default_framing(self.model.tokenizer))
         token_ids = document_tokens(self.model.tokenizer, text, framing)
-        self._check_document(len(token_ids))
-        source = Source(name, hashlib.sha256(text.encode()).hexdigest())
+        self.engine.check(self._document_request(KVSequence(self.runner.layout), token_ids))
+        source = source_of(name, text)
         if path is None:
-            sequence = KVSequence(self.runner.layout)
-            self._prefill(sequence, token_ids, progress)
-            self.runner.prepare(sequence, self.attention)
-            return Context(sequence, framing, source)
-        layout, weights, model = self.runner.layout, self.model.weights, self.source.reference
-        info = KVFileInfo(self.identity, layout, len(token_ids), weights, framing, source, model)
-        with KVFileWriter(Path(path), info, token_ids, resume) as writer:
-            sequence = writer.load()
-            progress(sequence.length, len(token_ids))
-            self._prefill(sequence, token_ids, progress, writer)
-            writer.write(sequence, len(token_ids))
-            index = self.runner.prepare(sequence, self.attention)
-            writer.finish(index.state() if index else None)
-        return Context(sequence, framing, source)
+            context = read_document(self.runner, self._prefill, token_ids, source, framing, self.attention, progress)
+        else:
+            layout, weights, model = self.runner.layout, self.model.weights, self.source.reference
+            info = KVFileInfo(self.identity, layout, len(token_ids), weights, framing, source, model)
+            context = read_into_file(
+                self.runner, self._prefill, Path(path), info, token_ids, self.attention, resume, progress
+            )
+        self.memory.hold(context.sequence)
+        return context
 
     def open(
         self,
@@ -171,143 +207,141 @@ class LLM:
     ) -> Context:
         """A document from its KV file, memory-mapped. Raises a KVFileError that says what is wrong with it.
 
-        If the file has no index, or one of another method, the first answer builds it in memory; `say` tells.
+        If the file has no index, or one of another method, the first answer builds it in memory; `progress` of the LLM
+        tells.
         """
-        sequence, info, arrays = open_kv(
-            Path(path), expect=self.identity, layout=self.runner.layout, verify=verify, progress=progress
-        )
-        if arrays:
-            sequence.index = self._index_of_file(Path(path), sequence, *arrays)
-        say = self._progress
-        method = self.attention
-        if isinstance(method, SparseMethod) and not method.visibility():
-            least = self.dense_up_to
-            if sequence.length <= least:
-                say(f"attention is dense up to {least} tokens: there {method} would read as much")
-            elif method.indexed and not (isinstance(sequence.index, Index) and sequence.index.serves(method)):
-                held = f"an index for {sequence.index.method}" if isinstance(sequence.index, Index) else "no index"
-                say(f"{path} has {held}: building one for {method} (thresher read --attention keeps it)")
-        return Context(sequence, info.framing, info.source)
-
-    @property
-    def dense_up_to(self) -> int:
-        """Contexts of up to this many tokens are read densely because the sparse method would not win there."""
-        method = self.attention
-        if not isinstance(method, SparseMethod) or method.visibility():
-            return 0
-        return method.least_context(self.runner.shape)
-
-    def _index_of_file(
-        self, path: Path, sequence: KVSequence, meta: dict[str, Any], arrays: dict[str, torch.Tensor]
-    ) -> Index:
-        try:
-            method = parse_method(meta["method"])
-            if not isinstance(method, SparseMethod):
-                raise ValueError(f"{method.name} has no index")
-            shape = Shape(self.model.heads, self.model.dtype)
-            return Index.restore(method, shape, self.model.layers, sequence.length, meta, arrays)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, UsageError) as error:
-            raise KVFileDamagedError(f"{path} is damaged: its index makes no sense ({error})") from error
+        context, remark = open_document(self.runner, Path(path), self.identity, self.attention, verify, progress)
+        if remark:
+            self._progress(remark)
+        self.memory.hold(context.sequence)
+        return context
 
     def save(self, context: Context, path: str | Path) -> None:
         """Keep a context, and the attention method's index of it, as a KV file. Raises StorageError or
         KVFileBusyError."""
-        index = self.runner.prepare(context.sequence, self.attention)
-        save(
-            Path(path),
-            context.sequence,
-            identity=self.identity,
-            weights=self.model.weights,
-            framing=context.framing,
-            source=context.source,
-            model=self.source.reference,
-            arrays=index.state() if index else None,
-        )
+        with self._preparing:
+            save_document(self.runner, context, Path(path), self.identity, self.source.reference, self.attention)
 
     def ask(
-        self, context: Context, questions: str | Sequence[str], params: SamplingParams | None = None
+        self,
+        context: Context,
+        questions: str | Sequence[str],
+        params: Params = None,
+        *,
+        attention: str | AttentionMethod | None = None,
     ) -> list[list[Completion]]:
         """Answer several questions on one context at once; they share its cache and do not see each other."""
-        return _collect(self.stream_answers(context, questions, params))
+        listed = [questions] if isinstance(questions, str) else list(questions)
+        return collect(self.stream_answers(context, listed, params, attention=attention), len(listed))
 
     def stream_answers(
-        self, context: Context, questions: str | Sequence[str], params: SamplingParams | None = None
+        self,
+        context: Context,
+        questions: str | Sequence[str],
+        params: Params = None,
+        *,
+        attention: str | AttentionMethod | None = None,
     ) -> Iterator[Event]:
         """The same, token by token."""
         listed = [questions] if isinstance(questions, str) else list(questions)
         tokens = [question_tokens(self.model.tokenizer, q, context.framing) for q in listed]
-        self.runner.prepare(context.sequence, self.attention)  # so that the questions share the index
-        return self._run([(t, context.sequence) for t in tokens], params)
+        with self._preparing:  # so that the questions share the index
+            self.runner.prepare(context.sequence, self._method(attention))
+        return self._submit([(t, context.sequence) for t in tokens], params, attention)
+
+    # The engine ------------------------------------------------------------------------------------------------------
 
     def scheduler(self) -> Scheduler:
-        """A fresh queue on this model."""
-        return Scheduler(self.runner, self.attention, self.positions, self.kv_budget, self.chunk_size)
+        """A fresh queue on this model, with the same account of memory, for who wants to make the passes himself."""
+        return Scheduler(
+            self.runner,
+            memory=self.memory,
+            positions=self.positions,
+            chunk_size=self.chunk_size,
+            pass_seconds=self.pass_seconds,
+        )
 
-    def _run(
+    def _method(self, attention: str | AttentionMethod | None) -> AttentionMethod:
+        return parse_method(attention) if isinstance(attention, str) else attention or self.attention
+
+    def _submit(
         self,
-        prompts: list[tuple[list[int], KVSequence | None]],
-        params: SamplingParams | Sequence[SamplingParams] | None,
+        prompts: list[tuple[Sequence[int], KVSequence | None]],
+        params: Params,
+        attention: str | AttentionMethod | None,
     ) -> Iterator[Event]:
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(prompts):
             raise UsageError(f"{len(prompts)} prompts but {len(each)} sampling parameters")
-        scheduler = self.scheduler()
-        for i, ((token_ids, base), chosen) in enumerate(zip(prompts, each, strict=True)):
-            scheduler.add(Request(i, token_ids, chosen, base))
+        method = self._method(attention)
+        shared = not isinstance(params, Sequence)  # one seed for several prompts: each draws numbers of its own
+        requests = [
+            Request(self.engine.new_id(), ids, chosen, base, method, number if shared else 0)
+            for number, ((ids, base), chosen) in enumerate(zip(prompts, each, strict=True))
+        ]
+        return _placed(self.engine.submit(requests), [r.id for r in requests])
 
-        def events() -> Iterator[Event]:
-            while scheduler.busy:
-                yield from scheduler.step()
+    def _document_request(self, sequence: KVSequence, token_ids: list[int]) -> Request:
+        params = SamplingParams(max_new_tokens=0)
+        return Request(self.engine.new_id(), token_ids, params, sequence, self.attention, grow=True)
 
-        return events()
+    def _prefill(self, sequence: KVSequence, token_ids: list[int], progress: Callable[[int, int], None]) -> None:
+        """Append the tokens that a sequence has not yet; the engine reads them beside what else it does."""
+        if sequence.length == len(token_ids):
+            return
+        stream = self.engine.submit([self._document_request(sequence, token_ids[sequence.length :])])
+        try:
+            for event in stream:
+                if event.error:
+                    raise event.error
+                if event.prompt_done is not None:
+                    progress(event.prompt_done, len(token_ids))
+        finally:
+            stream.close()
 
-    def _prefill(
-        self,
-        sequence: KVSequence,
-        token_ids: list[int],
-        progress: Callable[[int, int], None],
-        writer: KVFileWriter | None = None,
-    ) -> None:
-        sequence.reserve(len(token_ids) - sequence.length, exact=True)
-        while sequence.length < len(token_ids):
-            chunk = token_ids[sequence.length : sequence.length + self.chunk_size]
-            self.runner.run([Work(sequence, chunk, logits=False)])
-            if writer and sequence.length - writer.done >= CHECKPOINT:
-                writer.write(sequence, sequence.length)
-            progress(sequence.length, len(token_ids))
 
-    def _check_document(self, length: int) -> None:
-        if length > self.positions:
-            raise CapacityError(
-                f"the document has {length} tokens, the model was trained for {self.positions} positions; "
-                "shorten it, or allow RoPE extrapolation with --allow-extrapolation"
-            )
-        needed = length * self.runner.layout.bytes_per_token
-        if needed > self.kv_budget:
-            raise CapacityError(
-                f"the document needs {needed / 2**20:.0f} MiB of KV cache, the budget is "
-                f"{self.kv_budget / 2**20:.0f} MiB; shorten it or raise --kv-budget"
-            )
+def _placed(stream: Stream, ids: list[int]) -> Iterator[Event]:
+    """Events that name their request by its place in the call."""
+    places = {id: place for place, id in enumerate(ids)}
+    try:
+        for event in stream:
+            yield replace(event, request=places[event.request])
+    finally:
+        stream.close()
+
+
+def _prompts(prompts: Any) -> list[str | Sequence[int]]:
+    """One prompt or several, as a list. Raises UsageError if it is neither."""
+    if isinstance(prompts, str):
+        return [prompts]
+    try:
+        listed = list(prompts)
+    except TypeError:
+        raise UsageError(f"a prompt is a text or a list of token ids, not {type(prompts).__name__}") from None
+    if listed and all(_is_id(p) for p in listed):
+        return [[int(p) for p in listed]]
+    for prompt in listed:
+        if isinstance(prompt, Mapping):
+            raise UsageError("messages are answered by LLM.chat; generate takes texts or token ids")
+        if not isinstance(prompt, str) and not (_is_sequence(prompt) and all(_is_id(t) for t in prompt)):
+            raise UsageError(f"a prompt is a text or a list of token ids, not {prompt!r:.60}")
+    return [p if isinstance(p, str) else [int(t) for t in p] for p in listed]
+
+
+def _conversations(messages: Any) -> list[Messages]:
+    listed = list(messages)
+    return [listed] if not listed or isinstance(listed[0], Mapping) else listed
+
+
+def _is_id(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def _is_sequence(value: Any) -> bool:
+    return hasattr(value, "__iter__") and hasattr(value, "__len__")
 
 
 def _known(framing: str) -> str:
     if framing not in FRAMINGS:
         raise UsageError(f"framing '{framing}': choose one of {', '.join(FRAMINGS)}")
     return framing
-
-
-def _collect(events: Iterator[Event]) -> list[list[Completion]]:
-    texts: dict[tuple[int, int], list[str]] = {}
-    choices: dict[tuple[int, int], list[Choice]] = {}
-    reasons: dict[tuple[int, int], str] = {}
-    for event in events:
-        key = (event.request, event.sample)
-        texts.setdefault(key, []).append(event.text)
-        if event.choice:
-            choices.setdefault(key, []).append(event.choice)
-        if event.finish_reason:
-            reasons[key] = event.finish_reason
-    answers: list[list[Completion]] = [[] for _ in range(1 + max((r for r, _ in reasons), default=-1))]
-    for key in sorted(reasons):
-        answers[key[0]].append(Completion("".join(texts[key]), tuple(choices.get(key, ())), reasons[key]))
-    return answers

@@ -1,5 +1,6 @@
 """One forward pass over a ragged batch: new tokens of several sequences, each over its own cache."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,6 +11,7 @@ from thresher.attention.base import AttentionMethod
 from thresher.attention.index import Index
 from thresher.attention.sparse import Shape, SparseMethod
 from thresher.cache.sequence import KVLayout, KVSequence
+from thresher.errors import UsageError
 from thresher.kernels import _native
 from thresher.kernels.attention import AttentionPlan, SparseReading
 from thresher.machine.cost import ModelShape
@@ -18,14 +20,14 @@ from thresher.models.load import Model
 
 @dataclass(frozen=True)
 class Work:
-    """New tokens of one sequence; `logits`: whether those of its last token are wanted.
+    """New tokens of one sequence; `logits`: of how many of its last tokens they are wanted.
 
     method: how a single new token reads the cache, None for densely; several new tokens (a prompt) always do.
     """
 
     sequence: KVSequence
     token_ids: Sequence[int]
-    logits: bool
+    logits: int
     method: AttentionMethod | None = None
 
 
@@ -40,62 +42,94 @@ class Captured:
 
 
 class Runner:
-    """Runs batches on a model. Holds nothing of a sequence between passes but scratch memory."""
+    """Runs batches on a model, one at a time whoever calls. Holds nothing of a sequence between passes but scratch
+    memory."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self.layout = KVLayout(model.layers, model.heads.kv_heads, model.heads.head_dim, model.dtype)
         self.shape = model_shape(model)
-        self._workspace = _native.Workspace()
+        self.index_shape = Shape(model.heads, model.dtype)
+        self._workspace = _native.Workspace()  # of one pass at a time
+        self._passes = threading.RLock()
 
     def run(self, batch: Sequence[Work]) -> torch.Tensor:
-        """Append the tokens to their sequences. Returns float32 logits `[work items with logits, vocab]`, in order.
+        """Append the tokens to their sequences. Returns float32 logits `[rows that are wanted, vocab]`, in order.
 
-        If the pass is interrupted, no sequence has changed (but for an index that may know more of its keys).
+        If the pass is interrupted, no sequence has gained or lost a token (its memory may have grown, and its index may
+        know more of its keys).
         """
-        return self._run(batch, AttentionPlan(self.model.heads, self.model.dtype, self._workspace))
+        return self._run(batch, self._plan())
 
     def run_captured(self, batch: Sequence[Work]) -> tuple[torch.Tensor, Captured]:
         """`run`, and what the layers attended with."""
-        plan = AttentionPlan(self.model.heads, self.model.dtype, self._workspace)
-        tokens = sum(len(work.token_ids) for work in batch)
-        heads = self.model.heads
-        shape = (self.model.layers, tokens, heads.q_heads, heads.head_dim)
-        captured = Captured(*(torch.zeros(shape, dtype=self.model.dtype) for _ in range(3)))
+        plan = self._plan()
+        captured = Captured(*(self._captured_like(batch) for _ in range(3)))
         plan.native.capture(captured.queries.data_ptr(), captured.outputs.data_ptr(), captured.dense.data_ptr())
         return self._run(batch, plan), captured
 
-    def prepare(self, sequence: KVSequence, method: AttentionMethod | None) -> Index | None:
-        """The sequence's index for the method, built up to its last rows; None if the method reads it densely.
+    def run_with_queries(self, batch: Sequence[Work]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`run`, and the queries of all tokens `[layers, tokens, q_heads, head_dim]`."""
+        plan = self._plan()
+        queries = self._captured_like(batch)
+        plan.native.capture(queries.data_ptr(), 0, 0)
+        return self._run(batch, plan), queries
 
-        Called before every pass, and worth calling before a sequence is forked, so that its forks share what is built.
-        """
+    def dense_up_to(self, method: AttentionMethod | None) -> int:
+        """Contexts of up to this many tokens are read densely, as a sparse method would not win there."""
+        if not isinstance(method, SparseMethod) or method.visibility():
+            return 0
+        return method.least_context(self.shape)
+
+    def index_for(self, sequence: KVSequence, method: AttentionMethod | None) -> Index | None:
+        """The sequence's index for the method, as far as it is built (at first, nothing); None if the method reads
+        the sequence densely at its length."""
         if not isinstance(method, SparseMethod) or method.visibility():
             return None
-        if sequence.length <= method.least_context(self.shape):
+        if sequence.length <= self.dense_up_to(method):
             return None
         index = sequence.index
         if not isinstance(index, Index) or not index.serves(method):
-            index = Index(method, Shape(self.model.heads, self.model.dtype), self.model.layers)
+            index = Index(method, self.index_shape, self.model.layers)
             sequence.index = index
         index.use(method)
-        index.extend(sequence, lru_cache(lambda n: self.recent_queries(sequence, n)))
+        return index
+
+    def prepare(self, sequence: KVSequence, method: AttentionMethod | None) -> Index | None:
+        """`index_for`, built as far as the next token needs it.
+
+        Called before every pass, and worth calling before a sequence is forked, so that its forks share what is built.
+        """
+        index = self.index_for(sequence, method)
+        if index:
+            index.extend(sequence, lru_cache(lambda n: self.recent_queries(sequence, n)))
         return index
 
     def recent_queries(self, sequence: KVSequence, n: int) -> torch.Tensor:
         """The queries of the last n tokens (or all), `[layers, n, q_heads, head_dim]`: computed again, densely."""
         n = min(n, sequence.length)
-        token_ids = sequence.token_ids[-n:]
-        again = sequence.fork()
-        again.crop(sequence.length - n)
-        return self.run_captured([Work(again, token_ids, logits=False)])[1].queries
+        again = sequence.view(sequence.length - n)
+        return self.run_with_queries([Work(again, sequence.token_ids[-n:], logits=0)])[1]
+
+    def _plan(self) -> AttentionPlan:
+        return AttentionPlan(self.model.heads, self.model.dtype, self._workspace)
+
+    def _captured_like(self, batch: Sequence[Work]) -> torch.Tensor:
+        heads, tokens = self.model.heads, sum(len(work.token_ids) for work in batch)
+        return torch.zeros(self.model.layers, tokens, heads.q_heads, heads.head_dim, dtype=self.model.dtype)
 
     def _run(self, batch: Sequence[Work], plan: AttentionPlan) -> torch.Tensor:
+        with self._passes:
+            return self._pass(batch, plan)
+
+    def _pass(self, batch: Sequence[Work], plan: AttentionPlan) -> torch.Tensor:
         token_ids: list[int] = []
         positions: list[int] = []
         logit_rows: list[int] = []
         for work in batch:
             sequence, n = work.sequence, len(work.token_ids)
+            if sequence.layout != self.layout:
+                raise UsageError("the context is of another model; read the document with this one")
             visibility, sparse = None, None
             if work.method and n == 1:
                 visibility = work.method.visibility()
@@ -104,8 +138,7 @@ class Runner:
             plan.add(n, sequence.length, sequence.incoming(n), visibility, sparse)
             token_ids.extend(work.token_ids)
             positions.extend(range(sequence.length, sequence.length + n))
-            if work.logits:
-                logit_rows.append(len(token_ids) - 1)
+            logit_rows.extend(range(len(token_ids) - work.logits, len(token_ids)))
         with torch.inference_mode():
             logits = self.model.forward(
                 torch.tensor(token_ids), torch.tensor(positions), plan, torch.tensor(logit_rows, dtype=torch.int64)

@@ -1,6 +1,6 @@
-"""From logits to a token: penalties, temperature, top-k, top-p, min-p, in transformers' order and meaning."""
+"""From logits to tokens: what each sample remembers for it, and one native call for a batch of them."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +8,10 @@ import numpy.typing as npt
 import torch
 
 from thresher.engine.sampling import SamplingParams
-from thresher.errors import ModelError
+from thresher.errors import ModelError, UsageError
+from thresher.kernels.sampling import Draw, Edits, reference_distribution, sample
+
+_BLOCK = 64  # uniform numbers drawn from a stream at once
 
 
 @dataclass(frozen=True)
@@ -20,76 +23,169 @@ class Choice:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def random_stream(seed: int, sample: int) -> np.random.Generator:
-    """The stream of sample number `sample` of a request: independent of every other and of the batch."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, sample])))
+def random_stream(seed: int, request: int, sample: int) -> np.random.Generator:
+    """The stream of a sample of a request: independent of every other and of the batch."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(request, sample))))
 
 
-def next_token(
-    logits: torch.Tensor,
-    params: SamplingParams,
-    seen: Collection[int],
-    generated: Collection[int],
-    rng: np.random.Generator,
-) -> Choice:
-    """Choose from float32 logits `[vocab]`. `seen`: prompt and generated tokens; `generated`: only the latter.
+class SampleState:
+    """What choosing a sample's next token depends on besides the logits: its tokens and its random stream.
 
-    Temperature 0 takes the largest logit (after penalties); otherwise one uniform draw from `rng` decides.
-    Raises ModelError if the logits are not numbers.
+    Token number i is drawn with number i of the stream, so undoing tokens undoes their draws. `edits`: how penalties,
+    bias and the minimum length change single logits now, kept up with each token.
     """
-    best = float(logits.max())  # NaN if any is
-    if not np.isfinite(best):
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
+        *,
+        request: int,
+        sample: int,
+        vocab_size: int,
+        eos_token_ids: Collection[int],
+    ) -> None:
+        """request: number of the request in its call; sample: of the answer in its request.
+
+        If `params.seed` is None a seed of the sample's own is drawn; `params.with_seed()` gives all samples of a
+        request the same. Raises UsageError if a token id of the parameters is beyond the vocabulary.
+        """
+        self.params = params.with_seed()
+        self.generated: list[int] = []
+        self._uniforms: list[float] = []
+        self._stream = random_stream(self.seed, request, sample)
+        self._bias = dict(params.logit_bias)
+        ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)} if params.min_tokens else set()
+        for name, asked in (("logit_bias", self._bias), ("stop_token_ids", params.stop_token_ids)):
+            if any(t >= vocab_size for t in asked):
+                raise UsageError(f"{name}: token id {max(asked)} is beyond the model's vocabulary of {vocab_size}")
+        penalties = params.presence_penalty != 0 or params.frequency_penalty != 0
+        self._counting = penalties or params.repetition_penalty != 1
+        prompt = np.unique(np.asarray(prompt_token_ids, np.int32)) if params.repetition_penalty != 1 else ()
+        self._prompt_count = len(prompt)
+        others = sorted({*self._bias, *(t for t in ends if t < vocab_size)}.difference(np.asarray(prompt).tolist()))
+        ids = np.concatenate([np.asarray(prompt, np.int32), np.asarray(others, np.int32)])
+        # Slots of edited tokens: those of the prompt first, then others as they come.
+        self._size = ids.size
+        self._slots = {int(t): i for i, t in enumerate(ids)}
+        self._ids = ids
+        self._counts = np.zeros(self._size, np.int32)  # how often each was generated
+        self._factors = np.ones(self._size, np.float32)
+        self._factors[: self._prompt_count] = params.repetition_penalty
+        self._offsets = np.zeros(self._size, np.float32)
+        self._ends = [self._slots[t] for t in ends if t in self._slots]
+        for slot in {*self._ends, *(self._slots[t] for t in self._bias)}:
+            self._update(slot)
+
+    @property
+    def seed(self) -> int:
+        """What reproduces the draws."""
+        assert self.params.seed is not None
+        return self.params.seed
+
+    @property
+    def edits(self) -> Edits:
+        n = self._size
+        return Edits(self._ids[:n], self._factors[:n], self._offsets[:n])
+
+    def uniform(self, ahead: int = 0) -> float:
+        """The number from [0, 1) that the next token is drawn with, or one `ahead` tokens later."""
+        position = len(self.generated) + ahead
+        while len(self._uniforms) <= position:
+            self._uniforms += self._stream.random(_BLOCK).tolist()
+        return self._uniforms[position]
+
+    def push(self, token: int) -> None:
+        """A token was generated."""
+        self.generated.append(token)
+        self._count(token, 1)
+
+    def pop(self, n: int = 1) -> None:
+        """Undo the last n tokens."""
+        for _ in range(n):
+            self._count(self.generated.pop(), -1)
+
+    def draw(self) -> Draw:
+        """How the next token is drawn."""
+        p = self.params
+        uniform = self.uniform() if p.temperature else 0.0
+        return Draw(p.temperature, p.top_k, p.top_p, p.min_p, uniform, self.edits, p.logprobs is not None)
+
+    def _count(self, token: int, change: int) -> None:
+        if self._counting:
+            slot = self._slots.get(token)
+            if slot is None:
+                slot = self._new_slot(token)
+            self._counts[slot] += change
+            self._update(slot)
+        # The minimum length is reached, or no longer, by this token.
+        if self.params.min_tokens and len(self.generated) - (change > 0) < self.params.min_tokens:
+            for slot in self._ends:
+                self._update(slot)
+
+    def _new_slot(self, token: int) -> int:
+        slot = self._slots[token] = self._size
+        if slot == self._ids.size:
+            room = max(64, slot)
+            self._ids = np.concatenate([self._ids, np.zeros(room, np.int32)])
+            self._counts = np.concatenate([self._counts, np.zeros(room, np.int32)])
+            self._factors = np.concatenate([self._factors, np.ones(room, np.float32)])
+            self._offsets = np.concatenate([self._offsets, np.zeros(room, np.float32)])
+        self._ids[slot] = token
+        self._size += 1
+        return slot
+
+    def _update(self, slot: int) -> None:
+        params, count = self.params, int(self._counts[slot])
+        seen = slot < self._prompt_count or count > 0
+        self._factors[slot] = params.repetition_penalty if seen else 1
+        offset = self._bias.get(int(self._ids[slot]), 0.0)
+        offset -= params.presence_penalty * (count > 0) + params.frequency_penalty * count
+        early = slot in self._ends and len(self.generated) < params.min_tokens
+        self._offsets[slot] = -np.inf if early else offset
+
+
+def choose(logits: torch.Tensor, states: Sequence[SampleState]) -> list[Choice | ModelError]:
+    """The next token of each state from its row of float32 logits `[states, vocab]`; the states do not change.
+
+    A row that is not numbers gives a ModelError in its place and does not harm the others.
+    """
+    tokens, logsumexp = sample(logits, [state.draw() for state in states])
+    choices: list[Choice | ModelError] = []
+    for row, state in enumerate(states):
+        token, wanted = tokens[row], state.params.logprobs
+        if token < 0:
+            choices.append(
+                ModelError("the model produced logits that are not numbers; its weights or its KV cache are damaged")
+            )
+        elif wanted is None:
+            choices.append(Choice(token))
+        else:
+            choices.append(_with_logprobs(logits[row], token, wanted, logsumexp[row]))
+    return choices
+
+
+def prompt_logprobs(logits: torch.Tensor, token_ids: Sequence[int], top: int = 0) -> list[Choice]:
+    """What the model thought of tokens it was given: row i of float32 logits `[tokens, vocab]` is the prediction of
+    token_ids[i], that is, it was computed at the token before. top: how many of the most likely to report.
+
+    Raises ModelError if a row is not numbers.
+    """
+    if logits.shape[0] != len(token_ids):
+        raise ValueError(f"{logits.shape[0]} rows of logits for {len(token_ids)} tokens")
+    logsumexp = logits.double().logsumexp(dim=-1).tolist()
+    if not np.isfinite(logsumexp).all():
         raise ModelError("the model produced logits that are not numbers; its weights or its KV cache are damaged")
-    if params.temperature == 0:
-        token = int(_penalized(logits, params, seen, generated).argmax())
-    else:
-        cumulative = processed_probabilities(logits, params, seen, generated).cumsum()
-        token = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
-    if params.logprobs is None:
-        return Choice(token)
-    logprobs = logits.log_softmax(dim=0)
-    values, indices = logprobs.topk(min(params.logprobs, logits.shape[0]))
-    return Choice(token, float(logprobs[token]), tuple(zip(indices.tolist(), values.tolist(), strict=True)))
+    return [_with_logprobs(logits[i], t, top, logsumexp[i]) for i, t in enumerate(token_ids)]
 
 
-def processed_probabilities(
-    logits: torch.Tensor, params: SamplingParams, seen: Collection[int], generated: Collection[int]
-) -> npt.NDArray[np.float64]:
-    """The distribution that is sampled from, float64 `[vocab]`, summing to 1. For temperature > 0."""
-    x = _penalized(logits, params, seen, generated).double().numpy() / params.temperature
-    if 0 < params.top_k < x.size:
-        x = np.where(x < np.partition(x, -params.top_k)[-params.top_k], -np.inf, x)
-    p = np.exp(x - x.max())
-    p /= p.sum()
-    if params.top_p < 1:
-        p = _nucleus(p, params.top_p)
-    if params.min_p > 0:
-        p = np.where(p < params.min_p * p.max(), 0.0, p)
-    return np.asarray(p / p.sum())
+def processed_probabilities(logits: torch.Tensor, state: SampleState) -> npt.NDArray[np.float64]:
+    """The distribution that the state's next token is drawn from, float64 `[vocab]`, summing to 1, of float32 logits
+    `[vocab]`. For temperature > 0."""
+    return reference_distribution(logits.numpy(), state.draw())
 
 
-def _penalized(
-    logits: torch.Tensor, params: SamplingParams, seen: Collection[int], generated: Collection[int]
-) -> torch.Tensor:
-    if params.repetition_penalty != 1 and seen:
-        index = torch.tensor(list(set(seen)))
-        picked = logits[index]
-        penalty = params.repetition_penalty
-        logits = logits.index_put((index,), torch.where(picked < 0, picked * penalty, picked / penalty))
-    if params.presence_penalty and generated:
-        index = torch.tensor(list(set(generated)))
-        logits = logits.index_put((index,), logits[index] - params.presence_penalty)
-    return logits
-
-
-def _nucleus(p: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.float64]:
-    """Drop the least likely tokens whose sum is at most 1 - top_p."""
-    # Tokens below (1 - top_p) / vocab fall in any case; what is left is short to sort.
-    candidates = np.flatnonzero(p > (1 - top_p) / p.size)
-    ascending = candidates[np.argsort(p[candidates], kind="stable")]
-    below = max(0.0, 1 - p[ascending].sum())
-    dropped = ascending[:-1][(below + p[ascending[:-1]].cumsum()) <= 1 - top_p]
-    kept = np.zeros_like(p)
-    kept[candidates] = p[candidates]
-    kept[dropped] = 0
-    return kept
+def _with_logprobs(logits: torch.Tensor, token: int, top: int, logsumexp: float) -> Choice:
+    values, indices = logits.topk(min(top, logits.shape[0]))
+    likely = zip(indices.tolist(), (values.double() - logsumexp).tolist(), strict=True)
+    return Choice(token, float(logits[token]) - logsumexp, tuple(likely))

@@ -1,7 +1,10 @@
 from typing import Any
 
+import torch
+
 panel: int
 split: int
+most_threads: int
 
 class KernelSet:
     def __init__(self, name: str) -> None: ...
@@ -29,6 +32,7 @@ class Plan:
         past: int,
         window: int,
         sinks: int,
+        layers: int,
         runs: list[tuple[int, int, int, int]],
         index: Index | None,
         end: int,
@@ -55,10 +59,11 @@ class Plan:
     ) -> None: ...
 
 class Index:
-    def __init__(self, method: dict[str, Any], slots: list[int], mean: int, begin: int, /) -> None: ...
+    def __init__(
+        self, type: int, q_heads: int, kv_heads: int, head_dim: int, slots: list[int], begin: int, /
+    ) -> None: ...
     def set_method(self, method: dict[str, Any], /) -> None: ...
-    def set_mean(self, mean: int, /) -> None: ...
-    def set_blocks(self, blocks: list[tuple[int, int, dict[str, int]]], /) -> None: ...
+    def set_blocks(self, blocks: list[tuple[int, int, dict[str, torch.Tensor]]], /) -> None: ...
     def counters(self) -> tuple[int, int, int, int, int, int]: ...
     def clear_counters(self) -> None: ...
 
@@ -134,6 +139,29 @@ def rope(
     q_norm: int,
     k_norm: int,
     eps: float,
+    threads: int,
+    /,
+) -> None: ...
+def sample_scratch_bytes(kernels: KernelSet, vocab: int, /) -> int: ...
+def sample(
+    kernels: KernelSet,
+    logits: int,
+    stride: int,
+    rows: int,
+    vocab: int,
+    temperature: int,
+    top_k: int,
+    top_p: int,
+    min_p: int,
+    uniform: int,
+    first_edit: int,
+    edit_ids: int,
+    edit_factors: int,
+    edit_offsets: int,
+    wants_logsumexp: int,
+    logsumexp: int,
+    tokens: int,
+    scratch: int,
     threads: int,
     /,
 ) -> None: ...

@@ -47,6 +47,7 @@ class AttentionPlan:
         self.heads = heads
         self.dtype = dtype
         self.tokens = 0
+        self._segments: list[torch.Tensor] = []  # kept alive, as the native plan has their addresses
         self._threads = threads()
         self.native = _native.Plan(
             kernel_set(),
@@ -69,18 +70,26 @@ class AttentionPlan:
         """A sequence of `past` cached tokens and `queries` new ones (one if it is read sparsely).
 
         segments: `(data [layers, 2, kv_heads, capacity, head_dim], used rows)` in order of position; the used rows of
-        the last one count the new tokens, whose keys and values `attend` writes there.
+        the last one count the new tokens, whose keys and values `attend` writes there. Raises ValueError if a segment
+        is that of another model: of other heads, dtype or number of layers.
         """
         runs = []
         start = 0
+        heads = self.heads
+        layers = segments[0][0].shape[0] if segments else 0
         for data, used in segments:
-            if not data.is_contiguous() or data.dtype != self.dtype:
-                raise ValueError("a segment must be contiguous and of the plan's dtype")
+            expected = (layers, 2, heads.kv_heads, data.shape[3] if data.dim() == 5 else 0, heads.head_dim)
+            if data.shape != expected or data.dtype != self.dtype or not data.is_contiguous():
+                raise ValueError(
+                    f"a segment {tuple(data.shape)} of {data.dtype} is not that of this model: [{layers} layers, 2, "
+                    f"{heads.kv_heads} KV heads, capacity, {heads.head_dim}] of {self.dtype}, contiguous"
+                )
             runs.append((data.data_ptr(), data.shape[3], start, start + used))
             start += used
         window, sinks = (visibility.window, visibility.sinks) if visibility else (0, 0)
         index, end, budget = (sparse.index, sparse.end, sparse.budget) if sparse else (None, 0, 0)
-        self.native.add(queries, past, window, sinks, runs, index, end, budget)
+        self.native.add(queries, past, window, sinks, layers, runs, index, end, budget)
+        self._segments.extend(data for data, _ in segments)
         self.tokens += queries
 
     def rows_read(self, layer_window: int = 0) -> int:
@@ -101,6 +110,12 @@ class AttentionPlan:
         q `[tokens, q_heads, head_dim]`, k and v `[tokens, kv_heads, head_dim]`, last dimension contiguous, the plan's
         dtype. layer_window: a sliding window of the model's own (0: none). Returns `[tokens, q_heads, head_dim]`.
         """
+        for x, count in ((q, self.heads.q_heads), (k, self.heads.kv_heads), (v, self.heads.kv_heads)):
+            if x.shape != (self.tokens, count, self.heads.head_dim) or x.dtype != self.dtype or x.stride(2) != 1:
+                raise ValueError(
+                    f"{tuple(x.shape)} of {x.dtype}: the plan is for [{self.tokens}, {count}, {self.heads.head_dim}] "
+                    f"of {self.dtype}, the last dimension contiguous"
+                )
         out = torch.empty(self.tokens, self.heads.q_heads, self.heads.head_dim, dtype=self.dtype)
         self.native.attend(
             layer,

@@ -39,6 +39,8 @@ class PackedLinear:
         """x `[rows, in]`, bf16 (bf16, int8 weights) or float32, rows contiguous -> `[rows, out]`."""
         if x.stride(-1) != 1 or x.shape[-1] != self.in_features:
             raise ValueError(f"x {tuple(x.shape)}: needs contiguous rows of {self.in_features}")
+        if (x.dtype == torch.float32) != (self.data.dtype == torch.float32) or x.dtype not in TYPES:
+            raise ValueError(f"x of {x.dtype} does not go with weights of {self.data.dtype}")
         y = torch.empty(x.shape[0], self.out_features, dtype=out_dtype or x.dtype)
         _native.linear(
             kernel_set(),

@@ -3,13 +3,18 @@
 import os
 from functools import lru_cache
 
-import torch  # first: it brings the OpenMP runtime that the extension shares
+import torch
 
 from thresher.errors import UsageError
 from thresher.kernels import _native
+from thresher.machine.cores import available_cores
 
 PANEL: int = _native.panel
 SPLIT: int = _native.split
+MOST_THREADS: int = _native.most_threads
+
+_DEFAULT_THREADS = torch.get_num_threads()
+_CORES = available_cores()
 
 # The numbers of csrc/kernels.h's `enum class Type`.
 TYPES = {torch.bfloat16: 0, torch.float32: 1, torch.int8: 2}
@@ -33,5 +38,11 @@ def kernel_set(isa: str | None = None) -> _native.KernelSet:
 
 
 def threads() -> int:
-    """Threads a kernel uses: torch's setting."""
-    return torch.get_num_threads()
+    """Threads a kernel uses: torch's setting, and no more than this process has processors if nobody has changed it.
+
+    Raises UsageError if they are more than kernels can have.
+    """
+    count = torch.get_num_threads()
+    if count > MOST_THREADS:
+        raise UsageError(f"{count} threads: give at most {MOST_THREADS}")
+    return min(count, _CORES) if count == _DEFAULT_THREADS else count

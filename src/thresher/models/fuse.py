@@ -1,26 +1,31 @@
 """Swap a model's layers for native ones, by structure and proof: each swap is compared with the module it replaces.
 
 A stock decoder layer spends more time on small operations than on its weights. Four shapes of module are known here:
-linear, RMS norm, gated MLP, and attention with rotary embedding. What does not match, or does not give the stock
-module's numbers on random input, stays as it is.
+linear, RMS norm, gated MLP, and attention with rotary embedding. A candidate is compared with the stock module's own
+code, both in float32 whatever the weights are packed as, element by element; what is not equal to within rounding
+stays as it is. Norms are compared on their own weights. The code of an MLP, of attention and of a layer is run on small
+stand-ins for its weights, chosen so that nothing averages out: what it computes does not depend on their size.
 """
 
-from collections.abc import Callable
+import copy
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from thresher.kernels import _native
-from thresher.kernels.attention import AttentionPlan, Heads
+from thresher.kernels.attention import Heads
 from thresher.kernels.elementwise import rms_norm, rope_
 from thresher.kernels.layer import LayerWeights, NativeLayer, Norm
 from thresher.kernels.linear import ACTIVATIONS, PackedLinear, pack_linear
-from thresher.models.interface import NAME, LayerCall, Recorder
+from thresher.models.interface import NAME, LayerCall
 
-# Largest relative difference (Frobenius) from the stock module that still counts as the same computation.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.int8: 6e-2}
+# Largest relative difference of an element, in float32, that still counts as the same computation; and the size below
+# which a number is compared as if it had this one.
+TOLERANCE = 1e-5
+FLOOR = 1e-30
 
 
 class Linear(nn.Module):
@@ -66,7 +71,7 @@ class Attention(nn.Module):
         layer: int,
         call: LayerCall,
         qkv: PackedLinear,
-        out: PackedLinear,
+        out: Any,
         norms: tuple[torch.Tensor, torch.Tensor, float] | None,
     ) -> None:
         super().__init__()
@@ -111,6 +116,82 @@ class DecoderLayer(nn.Module):
         return out
 
 
+@dataclass(frozen=True)
+class _Probe:
+    """Stands in for a plan in a proof: keeps what attention is handed and answers with fixed numbers."""
+
+    asked: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, int]]
+    answer: torch.Tensor  # float32 `[tokens, q_heads, head_dim]`
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, layer_window: int = 0
+    ) -> torch.Tensor:
+        self.asked.append((q.clone(), k.clone(), v.clone(), scale, layer_window))
+        return self.answer
+
+
+class _Stub(nn.Module):
+    """A part of a layer in a proof: a known function of each element, which notes how it was called."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], pair: bool = False) -> None:
+        super().__init__()
+        self.function = function
+        self.pair = pair  # attention returns (output, weights)
+        self.keywords: dict[str, Any] = {}
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            raise TypeError("positional arguments are not handed on")
+        self.keywords = kwargs
+        out = self.function(hidden_states)
+        return (out, None) if self.pair else out
+
+
+def _near(stock: torch.Tensor, fused: torch.Tensor, scale: torch.Tensor | None = None) -> float:
+    """The largest error of an element beside its own size (or `scale`, where sums cancel); infinite if not a number."""
+    if stock.shape != fused.shape or stock.dtype != torch.float32 or fused.dtype != torch.float32:
+        return math.inf
+    size = stock.abs() if scale is None else torch.maximum(stock.abs(), scale)
+    error = ((fused - stock).abs() / size.clamp_min(FLOOR)).max().item()
+    return error if math.isfinite(error) else math.inf
+
+
+def _attempt(error: Callable[[], float]) -> float:
+    """What a proof measured; a module that is called another way than ours proves nothing."""
+    try:
+        return error()
+    except Exception:
+        return math.inf
+
+
+def _clone(module: Any, **children: nn.Module) -> Any:
+    """The module itself, its code and settings, on other children: none of its weights are copied."""
+    clone = copy.copy(module)
+    clone._modules = {**module._modules, **children}
+    return clone
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    out, width = weight.shape
+    with torch.device("meta"):
+        made = nn.Linear(width, out, bias=bias is not None)
+    made.weight = nn.Parameter(weight.float(), requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.float(), requires_grad=False)
+    return made
+
+
+def _pack(layers: Sequence[nn.Linear], weights: torch.dtype, activation: Any = "none") -> PackedLinear:
+    bias = None
+    if any(m.bias is not None for m in layers):
+        bias = torch.cat([torch.zeros(m.out_features) if m.bias is None else m.bias.float() for m in layers])
+    return pack_linear([m.weight for m in layers], weights, bias, activation)
+
+
+# What MLPs are tried on: an activation is a function, and two of them may differ in its tails only.
+_GRID = torch.cat([torch.linspace(-30, 30, 957), torch.tensor([-1e4, -1e3, -100, -60, 60, 100, 1e3, 1e4, 0])])
+
+
 @dataclass
 class _Fuser:
     model: Any
@@ -121,85 +202,125 @@ class _Fuser:
         self.dtype: torch.dtype = next(self.model.parameters()).dtype
         self.random = torch.Generator().manual_seed(0)
 
-    def same(self, stock: Callable[[], torch.Tensor], fused: Callable[[], torch.Tensor]) -> bool:
-        try:
-            expected, got = stock().float(), fused().float()
-        except (TypeError, KeyError, AttributeError, ValueError, RuntimeError):
-            return False
-        if expected.shape != got.shape:
-            return False
-        return bool((got - expected).norm() <= TOLERANCE[self.weights] * expected.norm())
-
     def sample(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=self.random).to(self.dtype)
-
-    def pack(self, *layers: nn.Linear, activation: Any = "none") -> PackedLinear:
-        biases = [m.bias for m in layers]
-        bias = None
-        if any(b is not None for b in biases):
-            parts = [torch.zeros(m.out_features) if m.bias is None else m.bias.float() for m in layers]
-            bias = torch.cat(parts)
-        return pack_linear([m.weight for m in layers], self.weights, bias, activation)
+        return torch.randn(*shape, generator=self.random)
 
     def norm(self, module: Any) -> RMSNorm | None:
+        """The nearer of gain w and 1 + w: with large w both are near on average, but one drops channels of w = 0."""
         weight = getattr(module, "weight", None)
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if "RMSNorm" not in type(module).__name__ or weight is None or weight.dim() != 1 or eps is None:
+        if "RMSNorm" not in type(module).__name__ or weight is None or weight.dim() != 1 or not isinstance(eps, float):
             return None
-        x = self.sample(1, 3, weight.shape[0])
-        for gain in (weight.float(), 1 + weight.float()):
-            fused = RMSNorm(gain, float(eps))
-            if self.same(lambda: module(x), lambda: fused(x)):  # noqa: B023
-                return fused
-        return None
+        width = weight.shape[0]
+        x = self.sample(1, 6, width) * torch.tensor([1e-4, 1e-2, 1.0, 1.0, 30.0, 1000.0])[:, None]
+        x[0, 3] = 0
+        x[0, 3, width // 2] = 50.0
+        stock = copy.deepcopy(module).float()
+        candidates = [RMSNorm(gain, eps) for gain in (weight.float().clone(), 1 + weight.float())]
+        errors = [_attempt(lambda c=c: _near(stock(x), c(x))) for c in candidates]  # type: ignore[misc]
+        best = min(range(2), key=errors.__getitem__)
+        return candidates[best] if errors[best] <= TOLERANCE else None
 
     def mlp(self, module: nn.Module) -> GatedMLP | None:
-        gate_up = _linears(module, "gate_up_proj") or _linears(module, "gate_proj", "up_proj")
-        down = _linears(module, "down_proj")
-        if (
-            not gate_up
-            or not down
-            or len(list(module.parameters())) != sum(len(list(m.parameters())) for m in (*gate_up, *down))
-        ):
+        """The module's own code is tried on diagonal weights: each output is then one value of its activation."""
+        names = ("gate_up_proj",) if hasattr(module, "gate_up_proj") else ("gate_proj", "up_proj")
+        gate_up, down = _linears(module, *names), _linears(module, "down_proj")
+        if not gate_up or not down or {*module._modules.values()} - {*gate_up, *down} - _activations(module):
             return None
-        x = self.sample(1, 3, gate_up[0].in_features)
+        n = len(_GRID)
+        gate, up = torch.eye(n), 0.75 * torch.eye(n)
+        biases = [0.1 * self.sample(n), 0.1 * self.sample(n)]
+        has_bias = gate_up[0].bias is not None
+        merged = len(gate_up) == 1
+        rows = [torch.cat([gate, up])] if merged else [gate, up]
+        bias = [torch.cat(biases)] if merged else biases
+        small = {k: _linear(w, b if has_bias else None) for k, w, b in zip(names, rows, bias, strict=True)}
+        small_down = _linear(torch.diag(0.5 + self.sample(n).abs()), None if down[0].bias is None else biases[0])
+        # The stock side in float64: torch's float32 GELU loses digits where 1 + tanh cancels.
+        double = {k: copy.deepcopy(m).double() for k, m in (*small.items(), ("down_proj", small_down))}
+        clone = _clone(module, **double)
+        x = torch.stack([_GRID, _GRID.flip(0), 0.01 * self.sample(n)])[None]
+        linears, errors = list(small.values()), []
         for activation in ACTIVATIONS[1:]:
-            fused = GatedMLP(self.pack(*gate_up, activation=activation), self.pack(*down))
-            if self.same(lambda: module(x), lambda: fused(x)):  # noqa: B023
-                return fused
-        return None
+            fused = GatedMLP(_pack(linears, torch.float32, activation), _pack([small_down], torch.float32))
+            errors.append(_attempt(lambda f=fused: _near(clone(x.double()).float(), f(x), torch.tensor(0.1))))  # type: ignore[misc]
+        best = min(range(len(errors)), key=errors.__getitem__)
+        if errors[best] > TOLERANCE or any((m.bias is None) == has_bias for m in gate_up):
+            return None
+        return GatedMLP(_pack(gate_up, self.weights, ACTIVATIONS[1 + best]), _pack(down, self.weights))
 
     def attention(self, module: Any, rotary: list[tuple[torch.Tensor, torch.Tensor]]) -> Attention | None:
+        """q, k, v, scale and window that both hand to attention are compared, and what becomes of its answer."""
         layer = module.layer_idx
-        qkv = _linears(module, "qkv_proj") or _linears(module, "q_proj", "k_proj", "v_proj")
-        out = _linears(module, "o_proj") or _linears(module, "dense")
+        names = ("qkv_proj",) if hasattr(module, "qkv_proj") else ("q_proj", "k_proj", "v_proj")
+        last = "o_proj" if hasattr(module, "o_proj") else "dense"
+        qkv, out = _linears(module, *names), _linears(module, last)
         if not isinstance(layer, int) or not qkv or not out:
+            return None
+        call = self.calls[layer]
+        rows = (call.q_heads + 2 * call.kv_heads) * call.head_dim
+        if sum(m.out_features for m in qkv) != rows or out[0].in_features != call.q_heads * call.head_dim:
             return None
         norms = None
         if hasattr(module, "q_norm") and hasattr(module, "k_norm"):
             q_norm, k_norm = self.norm(module.q_norm), self.norm(module.k_norm)
             if not q_norm or not k_norm or q_norm.eps != k_norm.eps:
                 return None
-            if not q_norm.gain.numel() == k_norm.gain.numel() == self.calls[layer].head_dim:
+            if not q_norm.gain.numel() == k_norm.gain.numel() == call.head_dim:
                 return None  # a norm over all heads together
             norms = (q_norm.gain, k_norm.gain, q_norm.eps)
-        fused = Attention(layer, self.calls[layer], self.pack(*qkv), self.pack(*out), norms)
-        x = self.sample(1, rotary[0][0].shape[1], qkv[0].in_features)
+        width = min(64, qkv[0].in_features)  # of the inputs: enough to tell the code, and cheap
+        small = {k: _linear(m.weight[:, :width], m.bias) for k, m in zip(names, qkv, strict=True)}
+        plain = _linear(torch.eye(out[0].in_features), None)
+        parts = {n: copy.deepcopy(m).float() for n, m in module.named_children() if m not in {*qkv, *out}}
+        clone = _clone(module, **parts, **small, **{last: plain})
+        fused = Attention(layer, call, _pack(list(small.values()), torch.float32), _Plain(), norms)
+        tokens = rotary[0][0].shape[1]
+        x = 3 * self.sample(1, tokens, width)
+        x[0, -1] = 0
+        x[0, -1, width // 2] = 20.0
+        answer = self.sample(tokens, call.q_heads, call.head_dim)
         for cos_sin in rotary:
-            arguments = {"position_embeddings": cos_sin, "attention_mask": None, NAME: Recorder()}
-            if not self.same(lambda: module(x, **arguments)[0], lambda: fused(x, **arguments)[0]):  # noqa: B023
-                return None
-        return fused
 
-    def layer(self, module: Any, rotary: list[tuple[torch.Tensor, torch.Tensor]]) -> DecoderLayer | None:
-        """For a layer whose parts have been swapped already: the stock forward over native parts is the measure."""
+            def error(cos_sin: tuple[torch.Tensor, torch.Tensor] = cos_sin) -> float:
+                probe = _Probe([], answer)
+                arguments = {"position_embeddings": cos_sin, "attention_mask": None, NAME: probe}
+                outputs = [m(x, **arguments)[0] for m in (clone, fused)]
+                stock, ours = probe.asked
+                if stock[3:] != ours[3:]:
+                    return math.inf
+                pairs = [*zip(stock[:3], ours[:3], strict=True), (outputs[0], outputs[1])]
+                # A rotation takes a difference, which may cancel: its size is that of the row.
+                return max(_near(a, b, a.abs().amax(-1, keepdim=True)) for a, b in pairs)
+
+            if _attempt(error) > TOLERANCE:
+                return None
+        return Attention(layer, call, _pack(qkv, self.weights), _pack(out, self.weights), norms)
+
+    def layer(self, module: Any) -> DecoderLayer | None:
+        """For a layer whose parts have been swapped already: its own code is tried on stand-ins of the parts."""
         attention, mlp = getattr(module, "self_attn", None), getattr(module, "mlp", None)
-        norms: list[Any] = [getattr(module, n, None) for n in ("input_layernorm", "post_attention_layernorm")]
+        names = ("input_layernorm", "post_attention_layernorm")
+        norms: list[Any] = [getattr(module, n, None) for n in names]
         if type(attention) is not Attention or type(mlp) is not GatedMLP or any(type(n) is not RMSNorm for n in norms):
+            return None
+
+        stubs = [_Stub(f) for f in (lambda x: 1.5 * x, lambda x: 0.7 * x + 0.1, torch.sin)]
+        attend = _Stub(torch.cos, pair=True)
+        parts = dict(zip((*names, "mlp"), stubs, strict=True))
+        clone = _clone(module, self_attn=attend, **parts)
+        x = self.sample(1, 5, attention.qkv.in_features) * torch.tensor([0.01, 1.0, 10.0, 100.0, 3.0])[:, None]
+        arguments = {"position_embeddings": (x, x), "attention_mask": None, NAME: object()}
+
+        def error() -> float:
+            middle = x + (1.5 * x).cos()
+            return _near(clone(x, **arguments), middle + (0.7 * middle + 0.1).sin(), torch.tensor(1.0))
+
+        if _attempt(error) > TOLERANCE or any(attend.keywords.get(k) is not v for k, v in arguments.items()):
             return None
         call = attention.call
         heads = Heads(call.q_heads, call.kv_heads, call.head_dim)
-        parts = LayerWeights(
+        weights = LayerWeights(
             norm=Norm(norms[0].gain, norms[0].eps),
             qkv=attention.qkv,
             head_norms=None if attention.norms is None else _head_norms(*attention.norms),
@@ -208,19 +329,14 @@ class _Fuser:
             gate_up=mlp.gate_up,
             down=mlp.down,
         )
-        index = attention.layer_idx
-        fused = DecoderLayer(NativeLayer(parts, heads, self.dtype, index, call.scale, call.window))
-        tokens = rotary[0][0].shape[1]
-        # Small, so that what a layer adds is not lost beside what it is added to: norms make that the same size.
-        x = 0.03 * self.sample(1, tokens, attention.qkv.in_features)
-        rows = torch.zeros(index + 1, 2, heads.kv_heads, tokens, heads.head_dim, dtype=self.dtype)
-        plan = AttentionPlan(heads, self.dtype, _native.Workspace())
-        plan.add(tokens, 0, [(rows, tokens)])
-        for cos_sin in rotary:
-            arguments = {"position_embeddings": cos_sin, "attention_mask": None, NAME: plan}
-            if not self.same(lambda: module(x, **arguments), lambda: fused(x, **arguments)):  # noqa: B023
-                return None
-        return fused
+        return DecoderLayer(NativeLayer(weights, heads, self.dtype, attention.layer_idx, call.scale, call.window))
+
+
+class _Plain:
+    """Stands in for the last product of attention in a proof."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
 
 def _head_norms(q_gain: torch.Tensor, k_gain: torch.Tensor, eps: float) -> tuple[Norm, Norm]:
@@ -229,60 +345,83 @@ def _head_norms(q_gain: torch.Tensor, k_gain: torch.Tensor, eps: float) -> tuple
 
 def _linears(module: nn.Module, *names: str) -> list[nn.Linear]:
     """The named children if all are linear layers we can pack, else nothing."""
-    found = [getattr(module, name, None) for name in names]
-    return [m for m in found if type(m) is nn.Linear and m.in_features % 2 == 0] if all(found) else []
+    found: list[Any] = [getattr(module, name, None) for name in names]
+    return found if all(map(_packable, found)) else []
 
 
-def _rotary_samples(model: Any, fuser: _Fuser) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """cos, sin near and far from the start, for each kind of layer (a model may have one rotary embedding a kind)."""
-    body = model.base_model
-    rotary = getattr(body, "rotary_emb", None)
+def _packable(module: Any) -> bool:
+    return type(module) is nn.Linear and module.in_features % 2 == 0 and not _hooked(module)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _activations(module: nn.Module) -> set[nn.Module]:
+    """Children without weights, such as an activation: the proof runs them as they are."""
+    return {m for m in module.children() if next(m.parameters(), None) is None}
+
+
+def _rotary_samples(model: Any) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """float32 cos, sin near and far from the start, for each kind of layer (a model may have one embedding a kind)."""
+    rotary = getattr(model.base_model, "rotary_emb", None)
     if rotary is None:
         return {}
     positions = [torch.arange(6)[None], torch.arange(1000, 1006)[None]]
-    x = fuser.sample(1, 6, 2)
-    kinds = sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"]))
+    x = torch.zeros(1, 6, 2)
     samples = {}
-    for kind in kinds:
-        try:
-            samples[kind] = [rotary(x, p, kind) for p in positions]
-        except (TypeError, AttributeError, KeyError):
-            samples[kind] = [rotary(x, p) for p in positions]
+    for kind in sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])):
+        for arguments in ((kind,), ()):
+            try:
+                found = [rotary(x, p, *arguments) for p in positions]
+            except Exception:  # another signature, or a kind that is not rotated: its layers stay stock
+                continue
+            if all(isinstance(f, tuple) and len(f) == 2 and isinstance(f[0], torch.Tensor) for f in found):
+                samples[kind] = found
+                break
     return samples
 
 
-def fuse(model: Any, weights: torch.dtype, calls: list[LayerCall]) -> list[str]:
-    """Replace what can be replaced, in place; weights: bf16, float32 or int8. Returns the kinds of module left."""
+def fuse(model: Any, weights: torch.dtype, calls: list[LayerCall], keep: frozenset[str] = frozenset()) -> list[str]:
+    """Replace what can be replaced, in place; weights: bf16, float32 or int8. Returns the kinds of module left.
+
+    keep: names of linear layers that stay, as code beside them reads their weights (interface.inspect_model).
+    """
     fuser = _Fuser(model, weights, calls)
     layer_types = getattr(model.config.get_text_config(), "layer_types", None)
     left: set[str] = set()
     with torch.inference_mode():
-        rotary = _rotary_samples(model, fuser)
+        rotary = _rotary_samples(model)
+        kept = {id(model.get_submodule(name)) for name in keep}
+        head = id(model.get_output_embeddings())
+
+        def kept_inside(module: nn.Module) -> bool:
+            return any(id(m) in kept for m in module.modules())
+
+        def swapped(child: Any) -> nn.Module | None:
+            if _hooked(child) or kept_inside(child):
+                return None
+            if isinstance(getattr(child, "layer_idx", None), int) and hasattr(child, "o_proj"):
+                kind = layer_types[child.layer_idx] if layer_types else "full_attention"
+                return fuser.attention(child, rotary[kind]) if kind in rotary else None
+            if "RMSNorm" in type(child).__name__:
+                return fuser.norm(child)
+            if isinstance(getattr(child, "down_proj", None), nn.Linear):
+                return fuser.mlp(child)
+            if _packable(child):
+                return Linear(_pack([child], weights), torch.float32 if id(child) == head else None)
+            return None
 
         def visit(parent: nn.Module) -> None:
             for name, child in list(parent.named_children()):
-                fused: nn.Module | None = None
-                if hasattr(child, "layer_idx") and hasattr(child, "o_proj"):
-                    kind = layer_types[child.layer_idx] if layer_types else "full_attention"
-                    fused = fuser.attention(child, rotary[kind]) if kind in rotary else None
-                elif "RMSNorm" in type(child).__name__:
-                    fused = fuser.norm(child)
-                elif hasattr(child, "down_proj") and isinstance(child.down_proj, nn.Linear):
-                    fused = fuser.mlp(child)
-                elif type(child) is nn.Linear and child.in_features % 2 == 0:
-                    logits = child is model.get_output_embeddings()
-                    fused = Linear(fuser.pack(child), torch.float32 if logits else None)
-                if fused is not None:
+                if (fused := swapped(child)) is not None:
                     setattr(parent, name, fused)
                     continue
                 if not isinstance(child, nn.Embedding) and next(child.parameters(recurse=False), None) is not None:
                     left.add(type(child).__name__)
                 visit(child)
-                attention = getattr(child, "self_attn", None)
-                if isinstance(attention, Attention):
-                    kind = layer_types[attention.layer_idx] if layer_types else "full_attention"
-                    if layer := fuser.layer(child, rotary[kind]):
-                        setattr(parent, name, layer)
+                if not _hooked(child) and (layer := fuser.layer(child)):
+                    setattr(parent, name, layer)
 
         visit(model)
     return sorted(left)

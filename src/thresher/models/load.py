@@ -1,18 +1,40 @@
 """Load a causal language model, check that we can run it, and put it on our kernels."""
 
 import io
+import math
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from thresher.errors import ModelError, ThresherError, UsageError
+from thresher.errors import ModelError, ThresherError, UnsupportedModelError, UsageError
 from thresher.kernels.attention import Heads
+from thresher.models.check import (
+    BOUND,
+    SWAPPED_BOUND,
+    Check,
+    check_file,
+    divergence,
+    logits_in_pieces,
+    own_logits,
+    read_check,
+    sample_tokens,
+    write_check,
+)
 from thresher.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from thresher.models.fuse import fuse, weight_bytes
-from thresher.models.interface import Attend, forward, inspect_calls, position_limit, use_our_attention
-from thresher.models.resolve import ModelSource
+from thresher.models.interface import (
+    Attend,
+    check_config,
+    forward,
+    inspect_model,
+    position_limit,
+    use_our_attention,
+)
+from thresher.models.resolve import ModelSource, Progress
 
 # What --weights says: the dtype of the packed weights. Activations and KV cache are float32 only for float32.
 WEIGHTS = {"bf16": torch.bfloat16, "int8": torch.int8, "float32": torch.float32}
@@ -37,6 +59,7 @@ class Model:
     fingerprint: str
     tokenizer_fingerprint: str
     stock_modules: tuple[str, ...] = ()  # kinds of module that were not swapped
+    check: Check | None = None  # against transformers; None if it was prepared without
 
     def forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, plan: Attend, logit_rows: torch.Tensor
@@ -45,56 +68,164 @@ class Model:
         return forward(self.module, token_ids, positions, plan, logit_rows)
 
 
-def load(source: ModelSource, weights: str = "bf16", trust_remote_code: bool = False) -> Model:
-    """Load a resolved model.
+def load(
+    source: ModelSource,
+    weights: str = "bf16",
+    trust_remote_code: bool = False,
+    progress: Progress = lambda message: None,
+) -> Model:
+    """Load a resolved model, and check it once against transformers' own forward (`Model.check`).
 
-    Raises UsageError for unknown weights, ModelError if files are missing or broken or weights are not numbers,
-    UnsupportedModelError if it asks of attention what we do not compute.
+    progress: told of what takes long, and if native layers had to be given up.
+    Raises UsageError for unknown weights, ModelError if files are missing or broken, tensors missing or left over or
+    weights not numbers, UnsupportedModelError if it asks of attention what we do not compute.
     """
     if weights not in WEIGHTS:
         raise UsageError(f"weights '{weights}': choose one of {', '.join(WEIGHTS)}")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    dtype = torch.float32 if weights == "float32" else torch.bfloat16
+    def make() -> Any:
+        with redirect_stderr(io.StringIO()), _ClearErrors(source):
+            module, info = AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                dtype=torch.float32 if weights == "float32" else torch.bfloat16,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
+            )
+        _check_tensors(source.folder, info)
+        return module.eval()
+
     with redirect_stderr(io.StringIO()), _ClearErrors(source):
-        module = AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
-        ).eval()
         tokenizer = AutoTokenizer.from_pretrained(
             source.folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    model = prepare(module, tokenizer, source.name, weights)
+    model = checked(make, tokenizer, source.name, weights, progress)
     return replace(model, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer))
 
 
+def checked(
+    make: Callable[[], Any], tokenizer: Any, name: str, weights: str, progress: Progress = lambda message: None
+) -> Model:
+    """Prepare the module that `make` gives, and compare it with what it was: first on our attention, then on our
+    layers. It is made a second time if native layers turn out wrong: keeping both would take twice the memory.
+
+    Raises UnsupportedModelError if transformers' own layers on our attention give other answers.
+    """
+    module = make()
+    _check_numbers(module, name)
+    config = module.config.get_text_config()
+    check_config(config)
+    fingerprint = model_fingerprint(module.config, module.state_dict())
+    file = check_file(module, fingerprint, weights)
+    if known := read_check(file):
+        return replace(prepare(module, tokenizer, name, weights, known.swapped), check=known)
+    progress(f"checking {name} in {weights} against transformers (once)")
+    token_ids = sample_tokens(tokenizer, config)
+    kind = type(module).__name__
+    try:
+        reference = own_logits(module, token_ids)
+    except Exception as error:  # of a model's own code anything may come
+        raise UnsupportedModelError(f"{kind} does not run on tokens alone: {type(error).__name__}: {error}") from error
+    model = prepare(module, tokenizer, name, weights, swap=False)
+
+    def distance(model: Model) -> float:
+        try:
+            return divergence(reference, logits_in_pieces(model.module, model.heads, model.layers, token_ids))
+        except UnsupportedModelError:
+            raise
+        except Exception:
+            return math.inf
+
+    attention = distance(model)
+    if not attention <= BOUND[weights]:
+        raise UnsupportedModelError(
+            f"{kind}: on Thresher's attention its answers are not those of transformers (KL {attention:.2g})"
+        )
+    model = prepare(module, tokenizer, name, weights)
+    check = Check(attention, distance(model), swapped=True)
+    if not check.layers <= SWAPPED_BOUND[weights]:
+        progress(f"{name}: native layers give other answers (KL {check.layers:.2g}); transformers' own are used")
+        del model, module
+        model = prepare(make(), tokenizer, name, weights, swap=False)
+        check = Check(attention, attention, swapped=False)
+    write_check(file, check)
+    return replace(model, check=check)
+
+
 def prepare(module: Any, tokenizer: Any, name: str, weights: str, swap: bool = True) -> Model:
-    """Put a loaded transformers model on our attention and, if `swap`, on our layers."""
+    """Put a loaded transformers model on our attention and, if `swap`, on our layers, without `checked`'s check."""
     _check_numbers(module, name)
     use_our_attention(module)
-    calls = inspect_calls(module)
+    seen = inspect_model(module)
     fingerprint = model_fingerprint(module.config, module.state_dict())
-    stock = fuse(module, WEIGHTS[weights], calls) if swap else []
+    stock = fuse(module, WEIGHTS[weights], seen.calls, seen.weights_read) if swap else []
     module.requires_grad_(False)
     config = module.config.get_text_config()
-    eos = module.generation_config.eos_token_id if module.generation_config else config.eos_token_id
-    first = calls[0]
+    first = seen.calls[0]
     return Model(
         name=name,
         module=module,
         tokenizer=tokenizer,
         heads=Heads(first.q_heads, first.kv_heads, first.head_dim),
-        layers=len(calls),
+        layers=len(seen.calls),
         dtype=torch.float32 if weights == "float32" else torch.bfloat16,
         weights=weights,
         weight_bytes=weight_bytes(module),
-        windows=tuple(call.window for call in calls),
+        windows=tuple(call.window for call in seen.calls),
         positions=position_limit(config),
         vocab_size=config.vocab_size,
-        eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos or []),
+        eos_token_ids=eos_token_ids(module, tokenizer),
         fingerprint=fingerprint,
         tokenizer_fingerprint="",
         stock_modules=tuple(stock),
     )
+
+
+def eos_token_ids(module: Any, tokenizer: Any) -> frozenset[int]:
+    """What ends an answer: the ids of generation_config, else of the config, else of the tokenizer; and the token that
+    the chat template puts after an assistant's turn."""
+    configs = (module.generation_config, module.config, module.config.get_text_config(), tokenizer)
+    for source in configs:
+        given = getattr(source, "eos_token_id", None)
+        ids = [given] if isinstance(given, int) else list(given or [])
+        if ids:
+            break
+    return frozenset(ids) | _end_of_turn(tokenizer)
+
+
+def _end_of_turn(tokenizer: Any) -> frozenset[int]:
+    """The special token that follows an assistant's words in the chat template, if there is one."""
+    words = "Words of the assistant"
+    messages = [{"role": "user", "content": "Words of the user"}, {"role": "assistant", "content": words}]
+    try:
+        after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(words)[2].lstrip()
+    except Exception:  # no template, or one that does not take these messages
+        return frozenset()
+    special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    found = [i for i, content in special.items() if content and after.startswith(content)]
+    return frozenset([max(found, key=lambda i: len(special[i]))] if found else [])
+
+
+# Tensors of old checkpoints that transformers computes by itself today.
+_COMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "attn.bias", "attn.masked_bias", "position_ids")
+
+
+def _check_tensors(folder: Path, info: dict[str, Any]) -> None:
+    """Transformers fills missing tensors with random numbers, and drops those it has no place for."""
+    faults = {
+        "missing": sorted(info["missing_keys"]),
+        "of another shape": sorted(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]),
+        "left over": sorted(key for key in info["unexpected_keys"] if not key.endswith(_COMPUTED)),
+        "not converted": sorted(map(str, info.get("error_msgs") or [])),
+    }
+    for fault, keys in faults.items():
+        if keys:
+            more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+            raise ModelError(
+                f"{folder}: tensors {fault}: {', '.join(keys[:4])}{more}; the model's files are incomplete"
+            )
 
 
 def _check_numbers(module: Any, name: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from thresher.errors import ModelError
+from thresher.errors import ModelError, StorageError
 from thresher.models.gguf_import import import_gguf
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -34,7 +34,12 @@ def cache_folder() -> Path:
     """Where converted models live: $THRESHER_CACHE, else $XDG_CACHE_HOME/thresher, else ~/.cache/thresher."""
     if chosen := os.environ.get("THRESHER_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thresher"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "thresher"
+    try:
+        return Path.home() / ".cache" / "thresher"
+    except RuntimeError:  # no HOME and no entry in passwd
+        raise StorageError("there is no home folder to keep converted models in; set THRESHER_CACHE") from None
 
 
 def resolve(model: str | Path = DEFAULT_MODEL, progress: Progress = lambda message: None) -> ModelSource:
@@ -47,9 +52,10 @@ def resolve(model: str | Path = DEFAULT_MODEL, progress: Progress = lambda messa
         file = _embedded_gguf()
         return ModelSource(name, import_gguf(file, name, cache_folder(), progress), file)
     path = Path(model)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"{path}: no such file")
+    is_gguf = path.suffix.lower() == ".gguf"
+    if is_gguf and not path.is_file():
+        raise ModelError(f"{path}: no such file")
+    if is_gguf or (path.is_file() and _starts_as_gguf(path)):  # Ollama keeps its files without a suffix
         return ModelSource(path.stem, import_gguf(path, path.stem, cache_folder(), progress), path)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -60,6 +66,14 @@ def resolve(model: str | Path = DEFAULT_MODEL, progress: Progress = lambda messa
     if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
         raise ModelError(f"{path}: no such folder")
     return ModelSource(name, _from_hub(name, progress))
+
+
+def _starts_as_gguf(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
 
 
 def _embedded_gguf() -> Path:

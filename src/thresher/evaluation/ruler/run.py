@@ -8,8 +8,8 @@ from typing import Any
 from thresher.attention.base import AttentionMethod
 from thresher.cache.sequence import KVSequence
 from thresher.engine.llm import LLM
+from thresher.engine.requests import Request
 from thresher.engine.sampling import SamplingParams
-from thresher.engine.scheduler import Request, Scheduler
 from thresher.evaluation.journal import Journal, ResultKey
 from thresher.evaluation.ruler.samples import Sample, build_sample
 from thresher.evaluation.ruler.sources import SampleKey, Sources
@@ -115,9 +115,9 @@ def _run_sample(
 def answer(llm: LLM, sample: Sample, sequence: KVSequence, method: AttentionMethod) -> Outcome:
     """Decode greedily under a method from a fork of `sequence`, which holds all of the prompt but its last token."""
     task = TASKS[sample.key.task]
-    scheduler = Scheduler(llm.runner, method, llm.positions, llm.kv_budget, llm.chunk_size)
+    scheduler = llm.scheduler()
     params = SamplingParams(max_new_tokens=task.tokens_to_generate, temperature=0)
-    scheduler.add(Request(0, [sample.token_ids[-1]], params, sequence))
+    scheduler.add(Request(llm.engine.new_id(), [sample.token_ids[-1]], params, sequence, method))
     events = scheduler.step()  # reads the prompt's last token, densely as all prompts are
     begin = time.perf_counter()
     steps = 0
