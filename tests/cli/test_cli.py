@@ -1,26 +1,17 @@
-"""Every command as a user calls it: in a process of its own, with good and bad input."""
+"""Every command as a user calls it, with good and bad input."""
 
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
+from command_line import COMMAND, call, fails
+
+from thresher.kernels.native import kernel_set
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 8
-
-
-def run(*arguments, **kwargs):
-    return subprocess.run(
-        [sys.executable, "-c", "from thresher.cli import main; main()", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        **kwargs,
-    )
 
 
 @pytest.fixture
@@ -33,33 +24,23 @@ def book(tmp_path):
 def kv(tmp_path_factory, tiny_folder):
     folder = tmp_path_factory.mktemp("cli")
     (folder / "book.txt").write_text(TEXT)
-    done = run("read", folder / "book.txt", "-o", folder / "book.kv", "--model", tiny_folder, "--json", "-")
+    done = call("read", folder / "book.txt", "-o", folder / "book.kv", "--model", tiny_folder, "--json", "-")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tokens"] == len("[user]" + TEXT)
     return folder / "book.kv"
 
 
-def fails(code, words, *arguments, **kwargs):
-    done = run(*arguments, **kwargs)
-    assert done.returncode == code, done.stderr
-    assert words in done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert "Traceback" not in done.stderr
-    return done
-
-
 def test_help_names_every_command():
-    text = run("--help").stdout
+    text = call("--help").stdout
     assert all(name in text for name in ("generate", "read", "ask", "bench", "doctor"))
     for command in (["generate"], ["read"], ["ask"], ["doctor"], ["bench", "decode"], ["bench", "prefill"]):
-        done = run(*command, "--help")
+        done = call(*command, "--help")
         assert done.returncode == 0
         assert "--json" in done.stdout
 
 
 def test_generate(tiny_folder):
-    done = run("generate", "hello", "--model", tiny_folder, "--max-new-tokens", 5, "--json", "-", "--logprobs", 2)
+    done = call("generate", "hello", "--model", tiny_folder, "--max-new-tokens", 5, "--json", "-", "--logprobs", 2)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)["answers"][0]
     assert len(answer["token_ids"]) == len(answer["logprobs"]) <= 5
@@ -67,24 +48,24 @@ def test_generate(tiny_folder):
 
 
 def test_generate_from_stdin_with_samples(tiny_folder):
-    done = run(
+    done = call(
         *("generate", "--file", "-", "--raw", "--model", tiny_folder, "--max-new-tokens", 4, "--n", 3),
         *("--temperature", 1),
-        input="hello",
+        stdin=b"hello",
     )
     assert done.returncode == 0, done.stderr
     assert "(3 of 3)" in done.stdout
 
 
 def test_no_new_tokens(tiny_folder):
-    done = run("generate", "hello", "--model", tiny_folder, "--max-new-tokens", 0)
+    done = call("generate", "hello", "--model", tiny_folder, "--max-new-tokens", 0)
     assert done.returncode == 0
     assert done.stdout.strip() == ""
 
 
 def test_ask(kv, tiny_folder, tmp_path):
     out = tmp_path / "out.json"
-    done = run("ask", kv, "Who?", "Where?", "--model", tiny_folder, "--max-new-tokens", 4, "--json", out)
+    done = call("ask", kv, "Who?", "Where?", "--model", tiny_folder, "--max-new-tokens", 4, "--json", out)
     assert done.returncode == 0, done.stderr
     assert [q["question"] for q in json.loads(out.read_text())["questions"]] == ["Who?", "Where?"]
     assert "first token" in done.stderr
@@ -92,18 +73,18 @@ def test_ask(kv, tiny_folder, tmp_path):
 
 def test_ask_takes_the_weights_of_the_file(book, tiny_folder, tmp_path):
     model = ("--model", tiny_folder)
-    assert run("read", book, "-o", tmp_path / "x.kv", "--weights", "float32", *model).returncode == 0
-    assert run("ask", tmp_path / "x.kv", "Who?", "--max-new-tokens", 2, *model).returncode == 0
+    assert call("read", book, "-o", tmp_path / "x.kv", "--weights", "float32", *model).returncode == 0
+    assert call("ask", tmp_path / "x.kv", "Who?", "--max-new-tokens", 2, *model).returncode == 0
 
 
 def test_generate_says_when_a_method_was_not_used(tiny_folder):
     arguments = ("generate", "a short prompt", "--max-new-tokens", 2, "--model", tiny_folder)
-    assert "attention was dense" not in run(*arguments).stderr
-    said = " ".join(run(*arguments, "--attention", "topk:dense_below=99,budget=4").stderr.split())
+    assert "attention was dense" not in call(*arguments).stderr
+    said = " ".join(call(*arguments, "--attention", "topk:dense_below=99,budget=4").stderr.split())
     assert "attention was dense: topk:dense_below=99,budget=4 begins beyond 99 tokens" in said
 
 
-def test_bad_input(kv, book, tiny_folder, tmp_path):
+def test_bad_input(kv, book, tiny_folder, tmp_path, monkeypatch):
     model = ("--model", tiny_folder)
     fails(2, "give a prompt", "generate", *model)
     fails(2, "prompt is empty", "generate", "", *model)
@@ -128,19 +109,15 @@ def test_bad_input(kv, book, tiny_folder, tmp_path):
     fails(2, "--contexts x", "bench", "decode", "--contexts", "x", *model)
     fails(2, "peer 'vllm'", "bench", "decode", "--contexts", "16", "--peers", "vllm", *model)
     fails(2, "comes from a GGUF", "bench", "decode", "--contexts", "16", "--peers", "llama.cpp", *model)
-    fails(2, "not available here", "doctor", *model, env=os.environ | {"THRESHER_ISA": "mmx"})
+    kernel_set.cache_clear()
+    monkeypatch.setenv("THRESHER_ISA", "mmx")
+    fails(2, "not available here", "doctor", *model)
+    monkeypatch.delenv("THRESHER_ISA")
     (tmp_path / "file").write_text("")
     gguf = tmp_path / "head.gguf"
     gguf.write_bytes(b"GGUF\x03" + bytes(3) + bytes(16) + bytes(100))
-    fails(
-        6,
-        "THRESHER_CACHE",
-        "generate",
-        "hi",
-        "--model",
-        gguf,
-        env=os.environ | {"THRESHER_CACHE": str(tmp_path / "file")},
-    )
+    monkeypatch.setenv("THRESHER_CACHE", str(tmp_path / "file"))
+    fails(6, "THRESHER_CACHE", "generate", "hi", "--model", gguf)
 
 
 def broken_gguf(tmp_path):
@@ -162,23 +139,23 @@ def test_damaged_file(kv, tiny_folder, tmp_path):
 
 
 def test_debug_shows_the_traceback():
-    done = run("generate", "hi", "--model", "/no/such/model", "--debug")
+    done = call("generate", "hi", "--model", "/no/such/model", "--debug")
     assert done.returncode != 0
     assert "Traceback" in done.stderr
 
 
 def test_doctor_and_bench(tiny_folder, tmp_path):
-    done = run("doctor", "--model", tiny_folder, "--json", "-")
+    done = call("doctor", "--model", tiny_folder, "--json", "-")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["read_bytes_per_second"] > 1e8
     out = tmp_path / "b.json"
     model = ("--model", tiny_folder)
-    done = run("bench", "decode", "--contexts", "64,300", "--batch", "1,2", "--rounds", 1, "--json", out, *model)
+    done = call("bench", "decode", "--contexts", "64,300", "--batch", "1,2", "--rounds", 1, "--json", out, *model)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())
     assert [(r["context"], r["batch"]) for r in rows] == [(64, 1), (64, 2), (300, 1), (300, 2)]
     assert all(r["median_ms"] > 0 and r["floor_ratio"] > 0 for r in rows)
-    done = run("bench", "prefill", "--lengths", "100", "--peers", "transformers", "--rounds", 1, "--json", out, *model)
+    done = call("bench", "prefill", "--lengths", "100", "--peers", "transformers", "--rounds", 1, "--json", out, *model)
     assert done.returncode == 0, done.stderr
     assert [r["engine"] for r in json.loads(out.read_text())] == [
         "thresher bf16 dense",
@@ -190,9 +167,7 @@ def test_doctor_and_bench(tiny_folder, tmp_path):
 def test_ctrl_c_while_generating(tiny_folder):
     child = subprocess.Popen(
         [
-            sys.executable,
-            "-c",
-            "from thresher.cli import main; main()",
+            *COMMAND,
             "generate",
             "hi",
             "--model",
@@ -220,7 +195,7 @@ def test_ctrl_c_while_reading_keeps_a_checkpoint(tiny_folder, tmp_path):
     (tmp_path / "long.txt").write_text(TEXT * 120)
     command = ["read", str(tmp_path / "long.txt"), "-o", str(tmp_path / "x.kv"), "--model", str(tiny_folder)]
     child = subprocess.Popen(
-        [sys.executable, "-c", "from thresher.cli import main; main()", *command, "--allow-extrapolation"],
+        [*COMMAND, *command, "--allow-extrapolation"],
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -232,14 +207,14 @@ def test_ctrl_c_while_reading_keeps_a_checkpoint(tiny_folder, tmp_path):
     _, err = child.communicate(timeout=60)
     assert child.returncode == 130, err
     assert not (tmp_path / "x.kv").exists()
-    done = run(*command, "--allow-extrapolation", "--json", "-")
+    done = call(*command, "--allow-extrapolation", "--json", "-")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["resumed_at"] >= 512
     assert sorted(os.listdir(tmp_path)) == ["long.txt", "x.kv"]
 
 
 def test_methods_are_listed():
-    done = run("methods", "--json", "-", "--contexts", "4096,65536")
+    done = call("methods", "--json", "-", "--contexts", "4096,65536")
     assert done.returncode == 0
     listed = {m["name"]: m for m in json.loads(done.stdout)}
     assert {"dense", "auto", "lsh", "verified"} <= listed.keys()
@@ -259,14 +234,14 @@ def test_methods_are_listed():
     ],
 )
 def test_wrong_methods_end_in_one_line(arguments, words):
-    done = run(*arguments)
+    done = call(*arguments)
     assert done.returncode == 2
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_attention_alone_is_timed():
-    done = run(
+    done = call(
         *("bench", "attention", "--heads", "4x2x64", "--contexts", "2048"),
         *("--attention", "sign:budget=64,dense_below=0", "--rounds", "1", "--json", "-"),
     )

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_cli import fails, run
+from command_line import call, fails
 
 TEXT = "The miller went to the river. There he saw a heron! Was it asleep? It was not; it waited for a fish. " * 40
 
@@ -19,7 +19,7 @@ def test_ruler(text, tiny_folder, tmp_path):
     command = ("eval", "ruler", "--model", tiny_folder, "--allow-extrapolation", "--haystack", text, "--samples", 2)
     command += ("--lengths", "1500", "--tasks", "niah_single_1,qa_1", "--json", out)
     command += ("--journal", tmp_path / "journal")
-    done = run(*command, "--attention", "streaming:sinks=1,window=64;streaming:sinks=1,window=9")
+    done = call(*command, "--attention", "streaming:sinks=1,window=64;streaming:sinks=1,window=9")
     assert done.returncode == 0, done.stderr
     assert "streaming:sinks=1,window=9, 1500 tokens" in done.stdout
     assert "fails with dense" in done.stderr
@@ -27,7 +27,7 @@ def test_ruler(text, tiny_folder, tmp_path):
     first = json.loads(out.read_text())
     assert len(first["outcomes"]) == 2 * 2 * 3
     assert any("not SQuAD" in note for note in first["notes"])
-    again = run(*command, "--attention", "streaming:sinks=1,window=9", "--attention", "streaming:sinks=1,window=64")
+    again = call(*command, "--attention", "streaming:sinks=1,window=9", "--attention", "streaming:sinks=1,window=64")
     assert again.returncode == 0, again.stderr
     assert "holds 12 results" in again.stderr
     second = json.loads(out.read_text())
@@ -36,7 +36,7 @@ def test_ruler(text, tiny_folder, tmp_path):
 
 def test_perplexity(text, tiny_folder, tmp_path):
     out = tmp_path / "out.json"
-    done = run(
+    done = call(
         *("eval", "perplexity", text, "--model", tiny_folder, "--context", 100, "--tokens", 10, "--windows", 2),
         *("--attention", "streaming:sinks=1,window=9", "--json", out),
     )
@@ -48,7 +48,7 @@ def test_perplexity(text, tiny_folder, tmp_path):
 
 
 def test_help_and_bad_input(text, tiny_folder):
-    assert "Dense is always" in " ".join(run("eval", "ruler", "--help").stdout.replace("│", "").split())
+    assert "Dense is always" in " ".join(call("eval", "ruler", "--help").stdout.replace("│", "").split())
     model = ("--model", tiny_folder, "--haystack", text)
     fails(2, "task 'hay': not known", "eval", "ruler", "--tasks", "hay", *model)
     fails(2, "did you mean 'streaming'", "eval", "ruler", "--attention", "dense;streamin", *model)

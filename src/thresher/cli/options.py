@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from thresher.errors import UsageError
+from thresher.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from thresher.cache.format import KVFileInfo
@@ -28,13 +28,13 @@ _MOST_NUMBER = 2**31 - 1
 
 
 def writable(path: Path | None) -> Path | None:
-    """Refuse before any work what can never become a file."""
+    """Refuse before any work what can never become a file. Raises StorageError."""
     if path is None or str(path) == "-":
         return path
     if path.is_dir() or not path.name:
-        raise typer.BadParameter(f"{str(path)!r} is a folder; give a file name")
+        raise StorageError(f"{path} is a folder; give a file name")
     if not path.parent.is_dir():
-        raise typer.BadParameter(f"{str(path)!r}: there is no folder {str(path.parent)!r}")
+        raise StorageError(f"{path}: cannot be written: there is no folder {path.parent}")
     return path
 
 
