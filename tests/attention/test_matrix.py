@@ -223,7 +223,8 @@ def test_growth_crop_and_forks(text):
         assert all(size % 64 == 0 for size in sizes)
         left = case.sequence.length - 1 - case.index.covered  # extended before the last token
         assert case.method.window <= left
-        assert left < case.method.window + 64 or not case.method.grows
+        # One whole group has the time of 64 tokens to be built, and is read exactly until then.
+        assert left < case.method.window + 128 or not case.method.grows
     for length in (400, 170, 90):
         case.sequence.crop(length)
         assert not case.index or case.index.covered <= length
