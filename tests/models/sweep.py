@@ -1,6 +1,6 @@
 """Every causal class of transformers, made tiny, against transformers' own forward: right, refused, or cannot be made.
 
-Run as a script, it writes the table of docs/models.md: `python tests/models/sweep.py [model_type ...]`.
+Run as a script, it prints a line for each: `python tests/models/sweep.py [model_type ...]`.
 """
 
 import copy

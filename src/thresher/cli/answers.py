@@ -50,11 +50,11 @@ def show_answers(events: Iterator[Any], labels: list[str], samples: int, quiet: 
                 answer["logprobs"].append({"logprob": event.choice.logprob, "top": event.choice.top})
         answer["text"] += event.text
         answer["finish_reason"] = event.finish_reason
-        if error := getattr(event, "error", None):
+        if error := event.error:
             answer["error"] = str(error)
             errors.append(error)
             continue
-        if prompt := getattr(event, "prompt", None):
+        if prompt := event.prompt:
             answer |= {"prompt_tokens": prompt.tokens, "cached_tokens": prompt.cached}
             if prompt.logprobs is not None:
                 answer["prompt_logprobs"] = [c and {"logprob": c.logprob, "top": c.top} for c in prompt.logprobs]
