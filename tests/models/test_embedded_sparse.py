@@ -57,7 +57,7 @@ def test_more_tables_are_nearer(rows):
     many = [r for name, r in rows.items() if name.startswith("lsh") and "L=30" not in name]
     assert len(few) == len(many) == 5
     assert sum(r.kl.mean for r in many) < 0.7 * sum(r.kl.mean for r in few)
-    assert sum(r.tokens_share for r in many) > 2 * sum(r.tokens_share for r in few)
+    assert sum(r.tokens_share for r in many) > 1.5 * sum(r.tokens_share for r in few)
     assert max(r.kl.mean for r in many) < 0.08
 
 
