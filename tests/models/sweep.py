@@ -36,8 +36,8 @@ SHRUNK = [
         r"max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|context_length|max_target_positions",
         512,
     ),
-    (r"hidden_size|d_model|n_embd|dim_model|attention_hidden_size|word_embed_proj_dim|embedding_size|emb_dim", 64),
-    (r"input_embedding_size|output_embedding_size|embedding_dim|lru_width|num_hidden|state_hidden_size", 64),
+    (r"hidden_size|d_model|n_embd|dim_model|attention_hidden_size|word_embed_proj_dim|embedding_size|emb_dim", 80),
+    (r"input_embedding_size|output_embedding_size|embedding_dim|lru_width|num_hidden|state_hidden_size", 80),
     (r"num_hidden_layers|n_layers?|num_layers|decoder_layers|encoder_layers|num_(en|de)coder_layers|num_blocks", 4),
     (
         r"(moe_|shared_|shared_expert_|shared_experts_|moe_shared_expert_|dense_|expert_ffn_)?intermediate_size(_mlp)?",

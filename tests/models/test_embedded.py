@@ -7,6 +7,7 @@ import torch
 
 from thresher.cache.sequence import KVSequence
 from thresher.engine.runner import Runner, Work
+from thresher.models.fuse import DecoderLayer
 from thresher.models.load import load
 from thresher.models.resolve import resolve
 
@@ -68,3 +69,9 @@ def test_tokenizer_survives_the_conversion(source):
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     sentence = "Of Man's first disobedience, 1667 — naïve 日本 🙂\n\tend"
     assert tokenizer.decode(tokenizer.encode(sentence)) == sentence
+
+
+def test_all_layers_are_native_and_run_in_a_plain_loop(runner):
+    assert all(isinstance(layer, DecoderLayer) for layer in runner.model.module.model.layers)
+    assert not runner.model.stock_modules
+    assert runner.model.stack is not None

@@ -134,7 +134,7 @@ def test_wrong_native_layers_are_undone_and_a_wrong_attention_is_refused(tmp_pat
     make = lambda: tiny_module("llama")  # noqa: E731
     model = checked(make, byte_tokenizer(), "tiny", "float32", said.append)
     assert not model.check.swapped
-    assert any("native layers give other answers" in message for message in said)
+    assert any("native float32 layers give other answers" in message for message in said)
     assert model.check.layers < 1e-6
     monkeypatch.setattr(load_module, "own_logits", lambda module, ids: torch.randn(len(ids), SMALL["vocab_size"]))
     monkeypatch.setenv("THRESHER_CACHE", str(tmp_path / "other"))

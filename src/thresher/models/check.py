@@ -5,6 +5,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import pairwise
@@ -17,14 +18,14 @@ import xxhash
 from thresher.kernels import _native
 from thresher.kernels.attention import AttentionPlan, Heads
 from thresher.kernels.native import kernel_set
-from thresher.models.interface import forward
 from thresher.models.resolve import cache_folder
 
-# Mean KL, nats a token, beyond which a model on our attention is refused. A wrong one in float32 is far above; in bf16
-# rounding alone can come to a tenth where it flips the choice of experts. And beyond which native layers
-# are undone; int8 layers lose more than bf16 ones do.
-BOUND = {"float32": 1e-3, "bf16": 0.3, "int8": 0.3}
+# Mean KL, nats a token, up to which stock layers on our attention, and native layers, count as right without more ado.
+# Trained models are at 0.001 in bf16. Some amplify rounding (they choose experts by it): if all is right in float32,
+# as much as ROUNDED counts as right, or twice what rounding does to transformers' own forward.
+BOUND = {"float32": 1e-3, "bf16": 0.03, "int8": 0.03}
 SWAPPED_BOUND = {"float32": 1e-3, "bf16": 0.03, "int8": 0.15}
+ROUNDED = 0.3
 
 TOKENS = 48
 LONGEST = 512  # for a model whose window is small enough to be looked beyond
@@ -45,6 +46,27 @@ class Check:
     attention: float
     layers: float
     swapped: bool
+
+
+@dataclass(frozen=True)
+class Referee:
+    """The model in float32: where rounding is amplified, two right forwards in bf16 are far from each other.
+
+    logits: of transformers' own forward, float32 `[tokens, vocab]`. Mean KL of them over those of
+    rounding: the same forward in the loaded dtype; attention: stock float32 layers on our attention; layers: native
+    float32 layers.
+    """
+
+    logits: torch.Tensor
+    rounding: float
+    attention: float
+    layers: float
+
+    def accepts(self, logits: torch.Tensor) -> bool:
+        """Whether our computation is right in float32, and these logits are as far from it as rounding can explain."""
+        return max(self.attention, self.layers) <= BOUND["float32"] and (
+            divergence(self.logits, logits) <= max(ROUNDED, 2 * self.rounding)
+        )
 
 
 def sample_tokens(tokenizer: Any, config: Any) -> torch.Tensor:
@@ -68,9 +90,10 @@ def own_logits(module: Any, token_ids: torch.Tensor) -> torch.Tensor:
     return logits.float()
 
 
-def logits_in_pieces(module: Any, heads: Heads, layers: int, token_ids: torch.Tensor) -> torch.Tensor:
-    """The same on our attention, in pieces that each read the cache of those before: float32 `[tokens, vocab]`."""
-    dtype = next(module.parameters()).dtype
+def logits_in_pieces(
+    run: Callable[..., torch.Tensor], heads: Heads, layers: int, dtype: torch.dtype, token_ids: torch.Tensor
+) -> torch.Tensor:
+    """The same by `run` (Model.forward) on our attention, in pieces that each read the cache of those before."""
     count = len(token_ids)
     rows = torch.zeros(layers, 2, heads.kv_heads, count, heads.head_dim, dtype=dtype)
     workspace = _native.Workspace()
@@ -81,7 +104,7 @@ def logits_in_pieces(module: Any, heads: Heads, layers: int, token_ids: torch.Te
             plan = AttentionPlan(heads, dtype, workspace)
             plan.add(end - begin, begin, [(rows, end)])
             every = torch.arange(end - begin)
-            logits.append(forward(module, token_ids[begin:end], torch.arange(begin, end), plan, every))
+            logits.append(run(token_ids[begin:end], torch.arange(begin, end), plan, every))
     return torch.cat(logits)
 
 
@@ -119,8 +142,9 @@ def write_check(file: Path, check: Check) -> None:
     """Keep a result. A cache that cannot be written costs the next load a few seconds, no more."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as out:
-            out.write(json.dumps(asdict(check)))
-        os.replace(out.name, file)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            made = Path(folder, "check")
+            made.write_text(json.dumps(asdict(check)))
+            os.replace(made, file)
     except OSError:
         pass

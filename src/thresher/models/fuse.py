@@ -19,7 +19,7 @@ from torch import nn
 from thresher.kernels.attention import Heads
 from thresher.kernels.elementwise import rms_norm, rope_
 from thresher.kernels.layer import LayerWeights, NativeLayer, Norm
-from thresher.kernels.linear import ACTIVATIONS, PackedLinear, pack_linear
+from thresher.kernels.linear import ACTIVATIONS, Activation, PackedLinear, pack_linear
 from thresher.models.interface import NAME, LayerCall
 
 # Largest relative difference of an element, in float32, that still counts as the same computation; and the size below
@@ -93,11 +93,11 @@ class Attention(nn.Module):
         x = hidden_states.view(-1, hidden_states.shape[-1])
         qkv = self.qkv(x)
         cos, sin = position_embeddings
-        rope_(qkv, cos[0], sin[0], heads, *(self.norms or ()))
+        rope_(qkv, cos[0].to(x.dtype), sin[0].to(x.dtype), heads, *(self.norms or ()))
         rows = qkv.view(x.shape[0], -1, call.head_dim)
         q, k, v = torch.split(rows, [call.q_heads, call.kv_heads, call.kv_heads], dim=1)
         mixed = kwargs[NAME].attend(self.layer_idx, q, k, v, call.scale, call.window)
-        return self.out(mixed.view(x.shape[0], -1)).view(hidden_states.shape), None
+        return self.out(mixed.view(x.shape[0], -1)).view(*hidden_states.shape[:-1], -1), None
 
 
 class DecoderLayer(nn.Module):
@@ -111,8 +111,8 @@ class DecoderLayer(nn.Module):
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **kwargs: Any
     ) -> torch.Tensor:
         out = hidden_states.clone(memory_format=torch.contiguous_format)
-        cos, sin = position_embeddings
-        self.native.run_(out[0], cos[0].contiguous(), sin[0].contiguous(), kwargs[NAME])
+        cos, sin = (t[0].to(out.dtype).contiguous() for t in position_embeddings)
+        self.native.run_(out[0], cos, sin, kwargs[NAME])
         return out
 
 
@@ -201,6 +201,7 @@ class _Fuser:
     def __post_init__(self) -> None:
         self.dtype: torch.dtype = next(self.model.parameters()).dtype
         self.random = torch.Generator().manual_seed(0)
+        self.activations: dict[Any, Activation | None] = {}  # of MLPs of the same code and settings
 
     def sample(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.random)
@@ -227,6 +228,18 @@ class _Fuser:
         gate_up, down = _linears(module, *names), _linears(module, "down_proj")
         if not gate_up or not down or {*module._modules.values()} - {*gate_up, *down} - _activations(module):
             return None
+        key = (_settings(module), *((name, _settings(child)) for name, child in module.named_children()))
+        if key not in self.activations:
+            self.activations[key] = self.activation(module, names, gate_up, down[0])
+        activation = self.activations[key]
+        if activation is None:
+            return None
+        return GatedMLP(_pack(gate_up, self.weights, activation), _pack(down, self.weights))
+
+    def activation(
+        self, module: nn.Module, names: Sequence[str], gate_up: list[nn.Linear], down: nn.Linear
+    ) -> Activation | None:
+        """The activation of an MLP if it is one of ours, and all else what GatedMLP computes."""
         n = len(_GRID)
         gate, up = torch.eye(n), 0.75 * torch.eye(n)
         biases = [0.1 * self.sample(n), 0.1 * self.sample(n)]
@@ -235,7 +248,7 @@ class _Fuser:
         rows = [torch.cat([gate, up])] if merged else [gate, up]
         bias = [torch.cat(biases)] if merged else biases
         small = {k: _linear(w, b if has_bias else None) for k, w, b in zip(names, rows, bias, strict=True)}
-        small_down = _linear(torch.diag(0.5 + self.sample(n).abs()), None if down[0].bias is None else biases[0])
+        small_down = _linear(torch.diag(0.5 + self.sample(n).abs()), None if down.bias is None else biases[0])
         # The stock side in float64: torch's float32 GELU loses digits where 1 + tanh cancels.
         double = {k: copy.deepcopy(m).double() for k, m in (*small.items(), ("down_proj", small_down))}
         clone = _clone(module, **double)
@@ -247,7 +260,7 @@ class _Fuser:
         best = min(range(len(errors)), key=errors.__getitem__)
         if errors[best] > TOLERANCE or any((m.bias is None) == has_bias for m in gate_up):
             return None
-        return GatedMLP(_pack(gate_up, self.weights, ACTIVATIONS[1 + best]), _pack(down, self.weights))
+        return ACTIVATIONS[1 + best]
 
     def attention(self, module: Any, rotary: list[tuple[torch.Tensor, torch.Tensor]]) -> Attention | None:
         """q, k, v, scale and window that both hand to attention are compared, and what becomes of its answer."""
@@ -362,24 +375,51 @@ def _activations(module: nn.Module) -> set[nn.Module]:
     return {m for m in module.children() if next(m.parameters(), None) is None}
 
 
-def _rotary_samples(model: Any) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """float32 cos, sin near and far from the start, for each kind of layer (a model may have one embedding a kind)."""
-    rotary = getattr(model.base_model, "rotary_emb", None)
-    if rotary is None:
-        return {}
-    positions = [torch.arange(6)[None], torch.arange(1000, 1006)[None]]
-    x = torch.zeros(1, 6, 2)
-    samples = {}
-    for kind in sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])):
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _settings(module: nn.Module) -> Any:
+    """All that a module's code can depend on beside its weights: with equal settings, modules are the same function."""
+    own = {name: value for name, value in vars(module).items() if name not in _OF_ANY_MODULE}
+    plain = (bool, int, float, str, type(None))
+    values = tuple((name, v if isinstance(v, plain) else id(v)) for name, v in sorted(own.items()))
+    return type(module), values, tuple(name for name, p in module._parameters.items() if p is not None)
+
+
+def text_model(model: Any) -> Any:
+    """The module that holds the decoder layers: the base model, or its language model if it also sees or hears."""
+    base = model.base_model
+    return base if hasattr(base, "layers") else getattr(base, "language_model", base)
+
+
+def layer_types(model: Any) -> list[str]:
+    """The kind of each layer, as transformers names them."""
+    config = model.config.get_text_config()
+    return list(getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)
+
+
+def rotary_arguments(model: Any) -> dict[str, tuple[str, ...]]:
+    """For each kind of layer that is rotated, what the rotary embedding takes beside x and positions: the kind, or
+    nothing."""
+    rotary: Any = getattr(text_model(model), "rotary_emb", None)
+    found: dict[str, tuple[str, ...]] = {}
+    for kind in sorted(set(layer_types(model))) if rotary is not None else ():
         for arguments in ((kind,), ()):
             try:
-                found = [rotary(x, p, *arguments) for p in positions]
+                tables = rotary(torch.zeros(1, 6, 2), torch.arange(6)[None], *arguments)
             except Exception:  # another signature, or a kind that is not rotated: its layers stay stock
                 continue
-            if all(isinstance(f, tuple) and len(f) == 2 and isinstance(f[0], torch.Tensor) for f in found):
-                samples[kind] = found
+            if isinstance(tables, tuple) and len(tables) == 2 and all(isinstance(t, torch.Tensor) for t in tables):
+                found[kind] = arguments
                 break
-    return samples
+    return found
+
+
+def _rotary_samples(model: Any) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """float32 cos, sin near and far from the start, for each kind of layer."""
+    x, positions = torch.zeros(1, 6, 2), [torch.arange(6)[None], torch.arange(1000, 1006)[None]]
+    rotary: Any = getattr(text_model(model), "rotary_emb", None)  # not None where it has arguments
+    return {kind: [rotary(x, p, *arguments) for p in positions] for kind, arguments in rotary_arguments(model).items()}
 
 
 def fuse(model: Any, weights: torch.dtype, calls: list[LayerCall], keep: frozenset[str] = frozenset()) -> list[str]:
@@ -388,7 +428,7 @@ def fuse(model: Any, weights: torch.dtype, calls: list[LayerCall], keep: frozens
     keep: names of linear layers that stay, as code beside them reads their weights (interface.inspect_model).
     """
     fuser = _Fuser(model, weights, calls)
-    layer_types = getattr(model.config.get_text_config(), "layer_types", None)
+    kinds = layer_types(model)
     left: set[str] = set()
     with torch.inference_mode():
         rotary = _rotary_samples(model)
@@ -402,7 +442,7 @@ def fuse(model: Any, weights: torch.dtype, calls: list[LayerCall], keep: frozens
             if _hooked(child) or kept_inside(child):
                 return None
             if isinstance(getattr(child, "layer_idx", None), int) and hasattr(child, "o_proj"):
-                kind = layer_types[child.layer_idx] if layer_types else "full_attention"
+                kind = kinds[child.layer_idx]
                 return fuser.attention(child, rotary[kind]) if kind in rotary else None
             if "RMSNorm" in type(child).__name__:
                 return fuser.norm(child)

@@ -5,17 +5,20 @@ import math
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from thresher.errors import ModelError, ThresherError, UnsupportedModelError, UsageError
-from thresher.kernels.attention import Heads
+from thresher.kernels.attention import AttentionPlan, Heads
+from thresher.machine.memory import available_memory
 from thresher.models.check import (
     BOUND,
     SWAPPED_BOUND,
     Check,
+    Referee,
     check_file,
     divergence,
     logits_in_pieces,
@@ -35,6 +38,7 @@ from thresher.models.interface import (
     use_our_attention,
 )
 from thresher.models.resolve import ModelSource, Progress
+from thresher.models.stack import Stack, plain_stack
 
 # What --weights says: the dtype of the packed weights. Activations and KV cache are float32 only for float32.
 WEIGHTS = {"bf16": torch.bfloat16, "int8": torch.int8, "float32": torch.float32}
@@ -59,12 +63,15 @@ class Model:
     fingerprint: str
     tokenizer_fingerprint: str
     stock_modules: tuple[str, ...] = ()  # kinds of module that were not swapped
+    stack: Stack | None = None  # the plain loop over native layers, if it gives the bits of `module`
     check: Check | None = None  # against transformers; None if it was prepared without
 
     def forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, plan: Attend, logit_rows: torch.Tensor
     ) -> torch.Tensor:
         """One pass over a flattened batch: int64 `[tokens]` each -> float32 logits `[logit_rows, vocab]`."""
+        if self.stack and isinstance(plan, AttentionPlan):
+            return self.stack.forward(token_ids, positions, plan, logit_rows)
         return forward(self.module, token_ids, positions, plan, logit_rows)
 
 
@@ -95,6 +102,7 @@ def load(
                 ignore_mismatched_sizes=True,  # they are named below
             )
         _check_tensors(source.folder, info)
+        _check_numbers(module, source.name)
         return module.eval()
 
     with redirect_stderr(io.StringIO()), _ClearErrors(source):
@@ -109,12 +117,12 @@ def checked(
     make: Callable[[], Any], tokenizer: Any, name: str, weights: str, progress: Progress = lambda message: None
 ) -> Model:
     """Prepare the module that `make` gives, and compare it with what it was: first on our attention, then on our
-    layers. It is made a second time if native layers turn out wrong: keeping both would take twice the memory.
+    layers. It is made again if native layers turn out wrong, or a float32 copy is needed to judge: keeping more than
+    one would take the memory.
 
     Raises UnsupportedModelError if transformers' own layers on our attention give other answers.
     """
     module = make()
-    _check_numbers(module, name)
     config = module.config.get_text_config()
     check_config(config)
     fingerprint = model_fingerprint(module.config, module.state_dict())
@@ -128,25 +136,36 @@ def checked(
         reference = own_logits(module, token_ids)
     except Exception as error:  # of a model's own code anything may come
         raise UnsupportedModelError(f"{kind} does not run on tokens alone: {type(error).__name__}: {error}") from error
-    model = prepare(module, tokenizer, name, weights, swap=False)
 
-    def distance(model: Model) -> float:
+    @cache
+    def referee() -> Referee | None:
+        return _referee(make, tokenizer, name, token_ids, reference)
+
+    def judged(model: Model, bound: float) -> tuple[float, bool]:
+        """KL to transformers' own forward, and whether the model passes."""
         try:
-            return divergence(reference, logits_in_pieces(model.module, model.heads, model.layers, token_ids))
+            logits = _logits(model, token_ids)
         except UnsupportedModelError:
             raise
         except Exception:
-            return math.inf
+            return math.inf, False
+        kl = divergence(reference, logits)
+        if kl <= bound or weights == "float32":
+            return kl, kl <= bound
+        judge = referee() if logits.isfinite().all() else None
+        return kl, judge is not None and judge.accepts(logits)
 
-    attention = distance(model)
-    if not attention <= BOUND[weights]:
+    model = prepare(module, tokenizer, name, weights, swap=False)
+    attention, right = judged(model, BOUND[weights])
+    if not right:
         raise UnsupportedModelError(
             f"{kind}: on Thresher's attention its answers are not those of transformers (KL {attention:.2g})"
         )
     model = prepare(module, tokenizer, name, weights)
-    check = Check(attention, distance(model), swapped=True)
-    if not check.layers <= SWAPPED_BOUND[weights]:
-        progress(f"{name}: native layers give other answers (KL {check.layers:.2g}); transformers' own are used")
+    layers, right = judged(model, SWAPPED_BOUND[weights])
+    check = Check(attention, layers, swapped=True)
+    if not right:
+        progress(f"{name}: native {weights} layers give other answers (KL {layers:.2g}); transformers' own are used")
         del model, module
         model = prepare(make(), tokenizer, name, weights, swap=False)
         check = Check(attention, attention, swapped=False)
@@ -154,9 +173,28 @@ def checked(
     return replace(model, check=check)
 
 
+def _logits(model: Model, token_ids: torch.Tensor) -> torch.Tensor:
+    return logits_in_pieces(model.forward, model.heads, model.layers, model.dtype, token_ids)
+
+
+def _referee(
+    make: Callable[[], Any], tokenizer: Any, name: str, token_ids: torch.Tensor, reference: torch.Tensor
+) -> Referee | None:
+    """The model in float32 as the judge; None if there is not the memory for it."""
+    module = make()
+    if 3 * sum(p.numel() * p.element_size() for p in module.parameters()) > available_memory():
+        return None
+    module = module.float()
+    logits = own_logits(module, token_ids)
+    ours = []
+    for swap in (False, True):
+        model = prepare(module, tokenizer, name, "float32", swap)
+        ours.append(divergence(logits, _logits(model, token_ids)))
+    return Referee(logits, divergence(logits, reference), *ours)
+
+
 def prepare(module: Any, tokenizer: Any, name: str, weights: str, swap: bool = True) -> Model:
     """Put a loaded transformers model on our attention and, if `swap`, on our layers, without `checked`'s check."""
-    _check_numbers(module, name)
     use_our_attention(module)
     seen = inspect_model(module)
     fingerprint = model_fingerprint(module.config, module.state_dict())
@@ -164,11 +202,12 @@ def prepare(module: Any, tokenizer: Any, name: str, weights: str, swap: bool = T
     module.requires_grad_(False)
     config = module.config.get_text_config()
     first = seen.calls[0]
+    heads = Heads(first.q_heads, first.kv_heads, first.head_dim)
     return Model(
         name=name,
         module=module,
         tokenizer=tokenizer,
-        heads=Heads(first.q_heads, first.kv_heads, first.head_dim),
+        heads=heads,
         layers=len(seen.calls),
         dtype=torch.float32 if weights == "float32" else torch.bfloat16,
         weights=weights,
@@ -180,6 +219,7 @@ def prepare(module: Any, tokenizer: Any, name: str, weights: str, swap: bool = T
         fingerprint=fingerprint,
         tokenizer_fingerprint="",
         stock_modules=tuple(stock),
+        stack=plain_stack(module, heads) if swap else None,
     )
 
 
