@@ -7,7 +7,7 @@ import transformers as t
 from conftest import SMALL, byte_tokenizer, tiny_module
 from thresher.errors import ModelError, UnsupportedModelError
 from thresher.models.interface import position_limit
-from thresher.models.load import prepare
+from thresher.models.load import checked, prepare
 
 
 def build(config):
@@ -95,7 +95,7 @@ def test_weights_that_are_not_numbers():
     module = tiny_module("llama")
     module.model.layers[3].mlp.up_proj.weight.data[5, 5] = float("nan")
     with pytest.raises(ModelError, match=r"model\.layers\.3\.mlp\.up_proj\.weight contain NaN"):
-        prepare(module, byte_tokenizer(), "nan", "float32")
+        checked(lambda: module, byte_tokenizer(), "nan", "float32")
 
 
 def test_rope_that_changes_with_length_stays_in_its_first_regime():

@@ -102,7 +102,6 @@ def load(
                 ignore_mismatched_sizes=True,  # they are named below
             )
         _check_tensors(source.folder, info)
-        _check_numbers(module, source.name)
         return module.eval()
 
     with redirect_stderr(io.StringIO()), _ClearErrors(source):
@@ -120,9 +119,11 @@ def checked(
     layers. It is made again if native layers turn out wrong, or a float32 copy is needed to judge: keeping more than
     one would take the memory.
 
-    Raises UnsupportedModelError if transformers' own layers on our attention give other answers.
+    Raises UnsupportedModelError if transformers' own layers on our attention give other answers, ModelError if weights
+    are not numbers.
     """
     module = make()
+    _check_numbers(module, name)
     config = module.config.get_text_config()
     check_config(config)
     fingerprint = model_fingerprint(module.config, module.state_dict())
