@@ -26,7 +26,7 @@ from thresher.engine.runner import Runner, Work
 from thresher.errors import UnsupportedModelError
 from thresher.models.load import checked
 
-LARGEST = 4_000_000  # parameters of a model that counts as tiny
+LARGEST = 30_000_000  # parameters of a model that counts as tiny
 TOKENS = 64
 
 # What an attribute of a configuration becomes, by its name: the first pattern that matches all of it.
@@ -81,7 +81,31 @@ TELLING = {
     "max_window_layers": 2,
 }
 # What some classes want beside that.
-FIXES: dict[str, dict[str, object]] = {}
+FIXES: dict[str, dict[str, object]] = {
+    "axk1": {"head_dim": 8},
+    "axk2": {"head_dim": 8, "index_head_dim": 16},
+    "bamba": {"mamba_n_heads": 10},
+    "deepseek_v2": {"num_experts_per_tok": 2, "topk_group": 1, "n_group": 1},
+    "deepseek_v3": {"head_dim": 8},
+    "deepseek_v32": {"head_dim": 8, "index_head_dim": 16},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "falcon_h1": {"mamba_n_heads": 10},
+    "glm_moe_dsa": {"head_dim": 8, "index_head_dim": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": {"mamba_n_heads": 10},
+    "helium": {"head_dim": 20},
+    "kimi_linear": {"num_experts_per_token": 2},
+    "mamba2": {"num_heads": 10},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 20},
+    "reformer": {"is_decoder": True},
+    "roc_bert": {"shape_vocab_size": 100, "pronunciation_vocab_size": 100, "is_decoder": True},
+    "stablelm": {"num_attention_heads": 5, "num_key_value_heads": 5},
+    "xlnet": {"d_head": 20},
+    "xmod": {"default_language": "en_XX", "is_decoder": True},
+    "youtu": {"head_dim": 8},
+    "zamba2": {"num_hidden_layers": 54},
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 
 @dataclass(frozen=True)
