@@ -102,14 +102,8 @@ GROUPS = ("general", "quantize", "split", "tokenizer")
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
-def model_config(header: Header) -> Any:
-    """The transformers config of the model in the file.
-
-    Raises ModelError if a key is missing or contradicts the tensors, UnsupportedModelError naming every key that is
-    not translated.
-    """
-    from transformers import AutoConfig
-
+def architecture_of(header: Header) -> Architecture:
+    """Raises ModelError if the file holds no language model, UnsupportedModelError if it is of an unknown kind."""
     name = header.values.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UnsupportedModelError(
@@ -118,7 +112,19 @@ def model_config(header: Header) -> Any:
         )
     if header.values.get("general.type", "model") != "model":
         raise ModelError(f"it holds no whole model, but {header.values['general.type']!r:.40} (general.type)")
-    architecture = ARCHITECTURES[name]
+    return ARCHITECTURES[name]
+
+
+def model_config(header: Header) -> Any:
+    """The transformers config of the model in the file.
+
+    Raises ModelError if a key is missing or contradicts the tensors, UnsupportedModelError naming every key that is
+    not translated.
+    """
+    from transformers import AutoConfig
+
+    architecture = architecture_of(header)
+    name = header.values["general.architecture"]
     tensors = {tensor.name: tensor for tensor in header.tensors}
     defaults = AutoConfig.for_model(architecture.model_type)
     keys = {k.removeprefix(f"{name}."): v for k, v in header.values.items() if k.startswith(f"{name}.")}
@@ -130,8 +136,8 @@ def model_config(header: Header) -> Any:
 
     # Each key is taken out of `keys` when it is read; what is left at the end was not.
     fields: dict[str, Any] = {"tie_word_embeddings": "output.weight" not in tensors} | architecture.fixed
-    for place, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
-        fields[place] = header.values.get(f"tokenizer.ggml.{key}_token_id")
+    for name_here, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        fields[f"{name_here}_token_id"] = header.values.get(f"tokenizer.ggml.{key}_token_id")
     for table, read in ((COUNTS, _count), (NORMS, _positive), (SOFT_CAPS, _cap)):
         for key, names in table.items():
             place = _place(defaults, names)

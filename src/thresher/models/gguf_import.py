@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from thresher.errors import ModelError, StorageError
-from thresher.models.gguf_config import ROPE_TENSORS, model_config, refuse, some, unknown_groups
+from thresher.models.gguf_config import ROPE_TENSORS, architecture_of, model_config, refuse, some, unknown_groups
 from thresher.models.gguf_header import Header, TensorInfo, check_header
 from thresher.models.gguf_tokenizer import check_tokenizer_keys, end_tokens, gguf_tokenizer
 
@@ -117,8 +117,9 @@ def _convert(header: Header, folder: Path, warn: Callable[[str], None]) -> None:
     from transformers import GenerationConfig
 
     try:
+        architecture_of(header)
+        check_tokenizer_keys(header)
         config = model_config(header)
-        check_tokenizer_keys(header, config.vocab_size)
         tokenizer = gguf_tokenizer(header, warn)
         model = _load(header, config)
         model.generation_config = GenerationConfig(

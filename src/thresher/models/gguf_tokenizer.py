@@ -68,7 +68,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
 # A word that is a token is taken whole, before its merges are looked for.
 WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # tokenizer.ggml.token_type
 
 NAMED_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 END_TOKENS = ("eos", "eot", "eom")
@@ -88,7 +88,7 @@ HARMLESS = {
 NEUTRAL = {"add_sep_token": False, "remove_extra_whitespaces": False}
 
 
-def check_tokenizer_keys(header: Header, tokens_of_model: int) -> None:
+def check_tokenizer_keys(header: Header) -> None:
     """Refuse keys of the tokenizer that nothing reads, and lists that do not fit each other."""
     unread = []
     for key, value in header.values.items():
@@ -103,8 +103,9 @@ def check_tokenizer_keys(header: Header, tokens_of_model: int) -> None:
         name: header.values.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type", "merges")
     }
     count = _length(listed["tokens"])
-    if not 1 <= count <= tokens_of_model:
-        raise ModelError(f"tokenizer.ggml.tokens is no list of 1 to {tokens_of_model} texts")
+    rows = next((tensor.dims[-1] for tensor in header.tensors if tensor.name == "token_embd.weight"), 0)
+    if not 1 <= count <= rows:
+        raise ModelError(f"tokenizer.ggml.tokens is no list of 1 to {rows} texts, as token_embd.weight has rows")
     for name in ("scores", "token_type"):
         if listed[name] is not None and _length(listed[name]) != count:
             raise ModelError(f"tokenizer.ggml.{name} is no list of {count} numbers")
@@ -169,8 +170,9 @@ def _turn_end(tokenizer: Any) -> set[int]:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception:  # no template, or one that wants more than this: turns then end with what the file names
         return set()
+    added = tokenizer.added_tokens_decoder
     after = tokenizer(text.rpartition(answer)[2].lstrip(), add_special_tokens=False).input_ids[:1]
-    return set(after) & set(tokenizer.all_special_ids)
+    return {token for token in after if token in added and added[token].special}
 
 
 def _length(listed: Any) -> int:
@@ -212,8 +214,9 @@ def _add_whole_tokens(backend: Any, lists: dict[str, list[Any]]) -> None:
     """Tokens that are found in a text before it is cut: control tokens, and those that users defined."""
     from tokenizers import AddedToken
 
-    typed = [(token, kind) for token, kind in zip(lists["tokens"], lists["token_type"], strict=False) if token]
-    control = [AddedToken(t, normalized=False, special=True) for t, kind in typed if kind in (UNKNOWN, CONTROL)]
-    defined = [AddedToken(t, normalized=False, special=False) for t, kind in typed if kind == USER_DEFINED]
+    both = lists["tokens"], lists["token_type"]
+    # Not what the builder spells otherwise: Gemma's runs of spaces, which its merges make.
+    known = [(t, kind) for t, kind in zip(*both, strict=False) if t and backend.token_to_id(t) is not None]
+    control = [AddedToken(t, normalized=False, special=True) for t, kind in known if kind in (UNKNOWN, CONTROL)]
     backend.add_special_tokens(control)
-    backend.add_tokens(defined)
+    backend.add_tokens([AddedToken(t, normalized=False, special=False) for t, kind in known if kind == USER_DEFINED])
