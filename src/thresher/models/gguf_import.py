@@ -32,7 +32,7 @@ def import_gguf(path: Path, name: str, cache: Path, progress: Callable[[str], No
     StorageError if the cache cannot be written.
     """
     header = _joined_header(path)
-    folder = cache / "models" / f"{name}-{_content_hash(header)}-{FORMAT}"
+    folder = cache / "models" / f"{name[:60]}-{_content_hash(header)}-{FORMAT}"
     if folder.is_dir():
         return folder
     try:
