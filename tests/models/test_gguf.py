@@ -21,7 +21,7 @@ from thresher.models import gguf_import
 from thresher.models.gguf_config import model_config
 from thresher.models.gguf_header import Header, TensorInfo, check_header
 from thresher.models.gguf_import import import_gguf
-from thresher.models.gguf_tokenizer import PATTERNS, gguf_tokenizer
+from thresher.models.gguf_tokenizer import PATTERNS, _sentencepiece, gguf_tokenizer
 
 
 @pytest.fixture
@@ -402,6 +402,27 @@ def test_spaces_of_sentencepiece(convert, prefix, expected):
     assert {text: tokenizer(text, add_special_tokens=False).input_ids for text in expected} == expected
     assert all(tokenizer.decode(ids) == text for text, ids in expected.items())
     assert tokenizer("ab").input_ids[0] == 1
+
+
+def test_runs_of_spaces():
+    """Gemma's file spells them with spaces: the longest one is taken first, whatever its merges would make."""
+    tokens = [*tiny_gguf.SENTENCEPIECE, "   "]
+    kinds = [2, 3, 3] + [6] * 256 + [1] * len(tiny_gguf.PIECES) + [3, 4]
+    lists = {"tokens": tokens, "scores": [-float(i) for i in range(len(tokens))], "token_type": kinds}
+    backend = _sentencepiece("gemma3", lists, prefix=False)
+    assert backend.encode("    a").ids == [len(tokens) - 1, tokens.index("▁a")]
+    assert backend.decode([len(tokens) - 1, tokens.index("▁a")]) == "    a"
+
+
+def test_a_tokenizer_that_transformers_reads_otherwise(convert):
+    biases = {
+        f"blk.{i}.attn_{part}.bias": np.zeros(tiny_gguf.HIDDEN, np.float32)
+        for i in range(tiny_gguf.LAYERS)
+        for part in "qkv"
+    }
+    assert convert(architecture="qwen2", pre="qwen2", tensors=biases)
+    with pytest.raises(UnsupportedModelError, match=r"takes Qwen2Tokenizer for a tokenizer of 'gpt-2'"):
+        convert(architecture="qwen2", pre="gpt-2", tensors=biases)
 
 
 def test_end_of_turn(convert):

@@ -2,7 +2,6 @@ import errno
 import importlib.util
 import json
 import os
-import shutil
 import struct
 import subprocess
 import sys
@@ -151,10 +150,10 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
         r.resolve(tmp_path / "blob")
 
 
-@embedded
 def test_two_processes_convert_once(tmp_path):
     """Both start with an empty cache; both end with the same whole folder, and the conversion ran once."""
-    code = "from thresher.models.resolve import resolve; print(resolve(progress=print).folder)"
+    path = tiny_gguf.write(tmp_path / "m.gguf")
+    code = f"from thresher.models.resolve import resolve; print(resolve({str(path)!r}, print).folder)"
     env = os.environ | {"THRESHER_CACHE": str(tmp_path)}
     running = [
         subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)
@@ -162,10 +161,9 @@ def test_two_processes_convert_once(tmp_path):
     outputs = [p.communicate(timeout=200)[0].splitlines() for p in running]
     assert outputs[0][-1] == outputs[1][-1]
     folder = r.Path(outputs[0][-1])
-    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 30
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == tiny_gguf.LAYERS
     assert sum("converting" in line for output in outputs for line in output) == 1
     assert not list(tmp_path.glob("models/*.making"))
-    shutil.rmtree(tmp_path)
 
 
 @embedded

@@ -1,4 +1,4 @@
-"""Writes tiny GGUF files of the llama architecture with random weights and a tokenizer of bytes."""
+"""Writes tiny GGUF files with random weights and a tokenizer of bytes."""
 
 import gguf
 import numpy as np
@@ -10,10 +10,10 @@ PIECES = ["▁", "a", "b", "▁a", "▁b", "ab", "▁ab", "▁▁"]  # the best 
 SENTENCEPIECE = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *PIECES, "<|turn|>"]
 
 
-def write(path, skip=(), tensors=None, pre="smollm", values=None, sentencepiece=False, **writing):
+def write(path, skip=(), tensors=None, pre="smollm", values=None, sentencepiece=False, architecture="llama", **writing):
     """`skip`: names left out; `tensors`: more of them, by name; `values`: more entries, of Python's types; `writing`:
     what GGUFWriter takes, as how to split the file."""
-    writer = gguf.GGUFWriter(str(path), "llama", **writing)
+    writer = gguf.GGUFWriter(str(path), architecture, **writing)
     writer.add_block_count(LAYERS)
     writer.add_context_length(4096)
     writer.add_embedding_length(HIDDEN)

@@ -214,9 +214,13 @@ def _add_whole_tokens(backend: Any, lists: dict[str, list[Any]]) -> None:
     """Tokens that are found in a text before it is cut: control tokens, and those that users defined."""
     from tokenizers import AddedToken
 
-    both = lists["tokens"], lists["token_type"]
-    # Not what the builder spells otherwise: Gemma's runs of spaces, which its merges make.
-    known = [(t, kind) for t, kind in zip(*both, strict=False) if t and backend.token_to_id(t) is not None]
-    control = [AddedToken(t, normalized=False, special=True) for t, kind in known if kind in (UNKNOWN, CONTROL)]
+    control, defined = [], []
+    for token, kind in zip(lists["tokens"], lists["token_type"], strict=False):
+        if token and kind in (UNKNOWN, CONTROL):
+            control.append(AddedToken(token, normalized=False, special=True))
+        elif token and kind == USER_DEFINED:
+            # Gemma's runs of spaces are spelled otherwise in its merges, and found after spaces have become that.
+            spelled = token if backend.token_to_id(token) is not None else token.replace(" ", "▁")
+            defined.append(AddedToken(spelled, normalized=spelled != token, special=False))
     backend.add_special_tokens(control)
-    backend.add_tokens([AddedToken(t, normalized=False, special=False) for t, kind in known if kind == USER_DEFINED])
+    backend.add_tokens(defined)
