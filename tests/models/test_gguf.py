@@ -331,10 +331,15 @@ def test_digits_apart(convert, pre, expected):
     assert not any("pre-tokenizer" in message for message in messages)
 
 
-def test_unknown_pre_tokenizer_is_said(convert):
+def test_unknown_pre_tokenizer(convert):
+    with pytest.raises(UnsupportedModelError, match=r"pre-tokenizer 'abacus' \(tokenizer\.ggml\.pre\) is not known"):
+        convert(pre="abacus")
+
+
+def test_pre_tokenizer_that_is_not_named_is_said(convert):
     messages = []
-    convert(messages, pre="abacus")
-    assert any("'abacus'" in message for message in messages)
+    convert(messages, pre="default")
+    assert any("does not say how to cut text" in message for message in messages)
 
 
 def pieces(pre, text):
@@ -557,6 +562,7 @@ def text(value):
     [
         (header(text(b"k") + struct.pack("<IIQ", 9, 8, 2_600_000) + bytes(8 * 2_600_000)), "more than any vocabulary"),
         (header(text(b"k" * 300) + struct.pack("<IB", 0, 1)), "a name of 300 bytes"),
+        (header(text(b"a\nb") + struct.pack("<IB", 0, 1)), r"the name 'a\\nb'"),
         (header(b"".join(text(b"%d" % i) + struct.pack("<IB", 0, 1) for i in range(20_000)), 20_000), "20000 entries"),
         (header(text(b"k") + struct.pack("<IIQ", 9, 9, 1) + bytes(100)), "a list of values of type 9"),
         (header(text(b"k") + struct.pack("<IQ", 8, 1 << 63) + bytes(100)), "beyond its end"),

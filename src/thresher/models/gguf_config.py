@@ -226,7 +226,7 @@ def _check_shapes(tensors: dict[str, TensorInfo], layers: int, width: int) -> in
     if embedding is None or len(embedding.dims) != 2 or embedding.dims[0] != width:
         raise ModelError(f"there is no token_embd.weight with rows of {width} (embedding_length)")
     blocks = {
-        int(found) for name in tensors if (found := name.split(".")[1] if name.startswith("blk.") else "").isdigit()
+        int(found) for name in tensors if (found := name.split(".")[1] if name.startswith("blk.") else "").isdecimal()
     }
     absent = [layer for layer in range(min(layers, len(blocks) + 1)) if layer not in blocks]
     if absent:

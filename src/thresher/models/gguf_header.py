@@ -98,6 +98,8 @@ class _Parser:
         name = self.text(MAX_NAME)
         if isinstance(name, Counted):
             raise ValueError(f"a name of {name.length} bytes before {self.at}")
+        if not name.isprintable():  # it may be shown, in one line
+            raise ValueError(f"the name {name[:80]!r}")
         return name
 
     def text(self, longest: int = MAX_TEXT) -> str | Counted:

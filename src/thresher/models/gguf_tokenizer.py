@@ -118,8 +118,7 @@ def check_tokenizer_keys(header: Header) -> None:
 def gguf_tokenizer(header: Header, warn: Callable[[str], None]) -> Any:
     """The tokenizer described by the file's keys, as transformers' generic fast one.
 
-    A way of cutting text that is not known is taken for GPT-2's, and said.
-    Raises UnsupportedModelError for a kind of tokenizer that is not known.
+    Raises UnsupportedModelError for a kind of tokenizer, or a way of cutting text, that is not known.
     """
     from transformers import PreTrainedTokenizerFast
     from transformers.integrations.gguf.reader import read_gguf_metadata
@@ -136,9 +135,14 @@ def gguf_tokenizer(header: Header, warn: Callable[[str], None]) -> Any:
     else:
         if prefix:
             refuse(["tokenizer.ggml.add_space_prefix"])
-        if cut not in PATTERNS:
-            warn(f"pre-tokenizer {cut!r:.40} is not known; GPT-2's is taken, and some tokens may be wrong")
-        backend = _byte_level(lists, PATTERNS.get(cut, (GPT2,)), cut in WHOLE_WORDS)
+        if not isinstance(cut, str) or cut not in PATTERNS:
+            raise UnsupportedModelError(
+                f"pre-tokenizer {cut!r:.40} (tokenizer.ggml.pre) is not known, and tokens would be wrong; "
+                "give the model's Hugging Face folder"
+            )
+        if cut == "default":
+            warn("it does not say how to cut text (tokenizer.ggml.pre); as in llama.cpp, some tokens may be wrong")
+        backend = _byte_level(lists, PATTERNS[cut], cut in WHOLE_WORDS)
     special = {
         name: lists["tokens"][header.values[f"tokenizer.ggml.{key}_token_id"]]
         for name, key in NAMED_TOKENS.items()
