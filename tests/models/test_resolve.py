@@ -1,13 +1,14 @@
+import errno
 import importlib.util
 import json
 import os
-import shutil
 import struct
 import subprocess
 import sys
 
 import pytest
 
+from models import tiny_gguf
 from thresher.errors import ModelError, StorageError
 from thresher.models import resolve as r
 from thresher.models.gguf_header import check_header
@@ -111,13 +112,48 @@ def test_no_home(monkeypatch):
 def test_gguf_by_its_content(tmp_path, name, monkeypatch):
     monkeypatch.setattr(r, "import_gguf", lambda path, name, cache, progress: path)
     (tmp_path / name).write_bytes(b"GGUF")
-    assert r.resolve(tmp_path / name).gguf == tmp_path / name
+    source = r.resolve(tmp_path / name)
+    assert source.gguf == tmp_path / name
+    assert source.reference == str(tmp_path / name)
 
 
-@embedded
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("Qwen2.5.gguf", "Qwen2.5"),
+        ("m-00002-of-00003.gguf", "m"),
+        ("sha256-0.1", "sha256-0.1"),
+        (r.DEFAULT_MODEL + ".GGUF", r.DEFAULT_MODEL),
+    ],
+)
+def test_name_of_a_gguf(tmp_path, monkeypatch, file, name):
+    monkeypatch.setattr(r, "import_gguf", lambda path, name, cache, progress: path)
+    (tmp_path / file).write_bytes(b"GGUF")
+    source = r.resolve(tmp_path / file)
+    assert (source.name, source.reference) == (name, str(tmp_path / file))
+
+
+def test_long_names(tmp_path):
+    with pytest.raises(ModelError, match="File name too long"):
+        r.resolve("x" * 300)
+    path = tiny_gguf.write(tmp_path / ("x" * 240 + ".gguf"))
+    assert import_gguf(path, path.stem, tmp_path / "cache", print).is_dir()
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "blob").write_bytes(b"GGUF")
+    monkeypatch.setattr(r, "_starts_as_gguf", denied)
+    with pytest.raises(ModelError, match=r"blob: Permission denied"):
+        r.resolve(tmp_path / "blob")
+
+
 def test_two_processes_convert_once(tmp_path):
     """Both start with an empty cache; both end with the same whole folder, and the conversion ran once."""
-    code = "from thresher.models.resolve import resolve; print(resolve(progress=print).folder)"
+    path = tiny_gguf.write(tmp_path / "m.gguf")
+    code = f"from thresher.models.resolve import resolve; print(resolve({str(path)!r}, print).folder)"
     env = os.environ | {"THRESHER_CACHE": str(tmp_path)}
     running = [
         subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)
@@ -125,9 +161,9 @@ def test_two_processes_convert_once(tmp_path):
     outputs = [p.communicate(timeout=200)[0].splitlines() for p in running]
     assert outputs[0][-1] == outputs[1][-1]
     folder = r.Path(outputs[0][-1])
-    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 30
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == tiny_gguf.LAYERS
+    assert sum("converting" in line for output in outputs for line in output) == 1
     assert not list(tmp_path.glob("models/*.making"))
-    shutil.rmtree(tmp_path)
 
 
 @embedded

@@ -11,7 +11,14 @@ from thresher.errors import ModelError
 
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # GGUF's type numbers, as struct spells them
 _STRING, _ARRAY = 8, 9
-_MAX_DEPTH = 2  # arrays in arrays; no known key has any
+
+# What a file may ask its readers to keep. Tiny entries cost more memory than bytes of the file; no model comes near.
+MAX_ENTRIES = 16_384
+MAX_TENSORS = 65_536
+MAX_LISTED = 2_500_000  # all lists together: 0.3 million tokens with a score and a type each, 0.6 million merges
+MAX_NUMBERS = 4_096  # a longer list of numbers is only counted (the scores and types of tokens)
+MAX_NAME = 256  # bytes of a key or of a tensor's name
+MAX_TEXT = 4_096  # bytes; a longer text is only counted (chat templates, another format of the tokenizer)
 
 
 @dataclass(frozen=True)
@@ -21,48 +28,61 @@ class TensorInfo:
     type: int  # GGML's number
     begin: int  # bytes from the beginning of the file
     bytes: int
+    path: Path  # of a model in several files, the one it lies in
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A text, or a list of texts or of many numbers, whose content was not kept."""
+
+    kind: int  # GGUF's type of the elements
+    length: int
 
 
 @dataclass(frozen=True)
 class Header:
-    """`values` has scalars and strings; of arrays, whose lengths were checked, only the number of elements."""
+    """`values` has numbers, short texts, tuples of numbers, and Counted for the rest."""
 
+    path: Path
     values: dict[str, Any]
     tensors: tuple[TensorInfo, ...]
 
 
 def check_header(path: Path) -> Header:
     """Read the header of a GGUF file. Raises ModelError for all that is not one, or points outside of the file."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if size < 24 or file.read(4) != b"GGUF":
-            raise ModelError(f"{path} is not a GGUF file")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            try:
-                return _Parser(data).header()
-            except (ValueError, struct.error) as error:  # struct.error: beyond the end
-                raise ModelError(f"{path} is not a readable GGUF file: {error}") from None
+    try:
+        with path.open("rb") as file:
+            if path.stat().st_size < 24 or file.read(4) != b"GGUF":
+                raise ModelError(f"{path} is not a GGUF file")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _Parser(path, data).header()
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror or error}") from error
+    except (ValueError, struct.error) as error:  # struct.error: beyond the end
+        raise ModelError(f"{path} is not a readable GGUF file: {error}") from None
 
 
 class _Parser:
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at, self.size = data, 4, len(data)
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path, self.data, self.at, self.size, self.listed = path, data, 4, len(data), 0
 
     def header(self) -> Header:
         version, tensor_count, entries = self.number("I"), self.number("Q"), self.number("Q")
         if version not in (2, 3):
             raise ValueError(f"version {version} is not known (2 and 3 are)")
-        if (tensor_count + entries) * 12 > self.size:
+        if tensor_count > MAX_TENSORS or entries > MAX_ENTRIES or (tensor_count + entries) * 12 > self.size:
             raise ValueError(f"{tensor_count} tensors, {entries} entries in {self.size} bytes")
         values: dict[str, Any] = {}
         for _ in range(entries):
-            key = self.text()
+            key = self.name()
             if key in values:
                 raise ValueError(f"the key {key[:80]!r} is there twice")
             values[key] = self.value(self.number("I"))
-        self.check_values(values, tensor_count)
-        infos = [(self.text(), self.dims(), self.number("I"), self.number("Q")) for _ in range(tensor_count)]
-        return Header(values, self.tensors(infos, values.get("general.alignment", 32)))
+        alignment = values.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1) or alignment > self.size:
+            raise ValueError(f"an alignment of {alignment!r:.40}")
+        infos = [(self.name(), self.dims(), self.number("I"), self.number("Q")) for _ in range(tensor_count)]
+        return Header(self.path, values, self.tensors(infos, alignment))
 
     def number(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self.data, self.at)
@@ -74,51 +94,53 @@ class _Parser:
             raise ValueError(f"{count} bytes at {self.at}, beyond its end")
         self.at += count
 
-    def text(self) -> str:
-        length = self.number("Q")
-        begin = self.at
-        self.skip(length)
-        return self.data[begin : self.at].decode()  # UnicodeDecodeError is a ValueError
+    def name(self) -> str:
+        name = self.text(MAX_NAME)
+        if isinstance(name, Counted):
+            raise ValueError(f"a name of {name.length} bytes before {self.at}")
+        if not name.isprintable():  # it may be shown, in one line
+            raise ValueError(f"the name {name[:80]!r}")
+        return name
 
-    def value(self, kind: int, depth: int = 0) -> Any:
+    def text(self, longest: int = MAX_TEXT) -> str | Counted:
+        length = self.number("Q")
+        self.skip(length)
+        # UnicodeDecodeError is a ValueError.
+        return Counted(_STRING, length) if length > longest else self.data[self.at - length : self.at].decode()
+
+    def value(self, kind: int) -> Any:
         if kind in _SCALARS:
             return self.number(_SCALARS[kind])
         if kind == _STRING:
             return self.text()
-        if kind != _ARRAY or depth > _MAX_DEPTH:
-            raise ValueError(f"a value of type {kind}, {depth} arrays deep")
-        element, count = self.number("I"), self.number("Q")
-        if element in _SCALARS:
-            self.skip(count * struct.calcsize("<" + _SCALARS[element]))
-        elif count * 8 > self.size - self.at:
-            raise ValueError(f"an array of {count} elements, beyond its end")
-        elif element == _STRING:
-            for _ in range(count):
-                self.skip(self.number("Q"))
-        else:
-            for _ in range(count):
-                self.value(element, depth + 1)
-        return count
+        if kind == _ARRAY:
+            return self.array()
+        raise ValueError(f"a value of type {kind}")
+
+    def array(self) -> tuple[Any, ...] | Counted:
+        kind, count = self.number("I"), self.number("Q")
+        self.listed += count
+        if self.listed > MAX_LISTED:
+            raise ValueError(f"a list of {count} elements at {self.at}, more than any vocabulary")
+        if kind in _SCALARS:
+            begin, form = self.at, f"<{count}{_SCALARS[kind]}"
+            self.skip(struct.calcsize(form))
+            return struct.unpack_from(form, self.data, begin) if count <= MAX_NUMBERS else Counted(kind, count)
+        if kind != _STRING:  # lists of lists are allowed by the format and used by no model
+            raise ValueError(f"a list of values of type {kind}")
+        data, at, length_at = self.data, self.at, struct.Struct("<Q").unpack_from
+        for _ in range(count):  # written out: a vocabulary would take a second of calls
+            at += 8 + length_at(data, at)[0]
+            if at > self.size:
+                raise ValueError(f"a text that ends at {at}, beyond its end")
+        self.at = at
+        return Counted(kind, count)
 
     def dims(self) -> tuple[int, ...]:
         count = self.number("I")
         if not 1 <= count <= 4:
             raise ValueError(f"a tensor of {count} dimensions")
         return tuple(self.number("Q") for _ in range(count))
-
-    def check_values(self, values: dict[str, Any], tensor_count: int) -> None:
-        """The few values whose size decides how much is made of them, and those that are read here."""
-        for key in ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre"):
-            if not isinstance(values.get(key, ""), str):
-                raise ValueError(f"{key} is no string")
-        layers = values.get(f"{values.get('general.architecture')}.block_count", 0)
-        if not isinstance(layers, int) or not 0 <= layers <= tensor_count:
-            raise ValueError(f"{layers} layers of {tensor_count} tensors")
-        if not isinstance(values.get("split.count", 0), int):
-            raise ValueError("split.count is no number")
-        alignment = values.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1) or alignment > self.size:
-            raise ValueError(f"an alignment of {alignment}")
 
     def tensors(self, infos: list[tuple[str, tuple[int, ...], int, int]], alignment: int) -> tuple[TensorInfo, ...]:
         from gguf import GGML_QUANT_SIZES
@@ -139,5 +161,5 @@ class _Parser:
             total += length
             if offset % alignment or data + offset + length > self.size or data + total > self.size:
                 raise ValueError(f"{name[:80]!r} has {length} bytes at {offset}, beyond its end")
-            found[name] = TensorInfo(name, dims, kind, data + offset, length)
+            found[name] = TensorInfo(name, dims, kind, data + offset, length, self.path)
         return tuple(found.values())

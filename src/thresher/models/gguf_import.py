@@ -2,13 +2,12 @@
 
 import errno
 import fcntl
+import glob
 import io
-import math
 import os
 import re
 import shutil
-import struct
-import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -16,34 +15,38 @@ from typing import Any
 
 import xxhash
 
-from thresher.errors import ModelError, StorageError
-from thresher.models.gguf_header import Header, check_header
+from thresher.errors import ModelError, StorageError, UnsupportedModelError
+from thresher.models.gguf_config import ROPE_TENSORS, architecture_of, model_config, refuse, some, unknown_groups
+from thresher.models.gguf_header import Header, TensorInfo, check_header
+from thresher.models.gguf_tokenizer import check_tokenizer_keys, end_tokens, gguf_tokenizer
 
-FORMAT = 2  # raise it when the conversion changes: older folders are then left alone and made anew
+FORMAT = 3  # raise it when the conversion changes: older folders are then left alone and made anew
 
 
 def import_gguf(path: Path, name: str, cache: Path, progress: Callable[[str], None]) -> Path:
     """The folder with the converted model, made if it is not there.
 
-    The folder appears whole or not at all; of two processes the second waits for the first.
-    Raises ModelError if the file is broken or of an unknown architecture, StorageError if the cache cannot be written.
+    The folder appears whole or not at all; of two processes the second waits for the first. The parts of a split
+    file are found beside each other, whichever of them is given.
+    Raises ModelError if the file is broken, UnsupportedModelError naming what would be lost in the conversion,
+    StorageError if the cache cannot be written.
     """
-    header = check_header(path)
-    _check_complete(path, header)
-    folder = cache / "models" / f"{name}-{_content_hash(path)}-{FORMAT}"
+    header = _joined_header(path)
+    folder = cache / "models" / f"{name[:60]}-{_content_hash(header)}-{FORMAT}"
     if folder.is_dir():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_name(folder.name + ".lock")):
+        with _locked(folder.with_name(folder.name + ".lock")) as alone:
             if not folder.is_dir():
                 progress(f"converting {path.name} (once; kept in {folder.parent})")
-                making = folder.with_name(folder.name + ".making")
-                shutil.rmtree(making, ignore_errors=True)  # left by a process that was killed
+                for left in folder.parent.glob(f"{glob.escape(folder.name)}.*.making") if alone else ():
+                    shutil.rmtree(left, ignore_errors=True)  # by a process that was killed
+                making = folder.with_name(f"{folder.name}.{os.getpid()}-{threading.get_ident()}.making")
                 making.mkdir()
                 try:
-                    _convert(path, header, making, progress)
-                    os.rename(making, folder)
+                    _convert(header, making, lambda message: progress(f"{path.name}: {message}"))
+                    _rename(making, folder)
                 finally:
                     shutil.rmtree(making, ignore_errors=True)
     except OSError as error:
@@ -51,214 +54,168 @@ def import_gguf(path: Path, name: str, cache: Path, progress: Callable[[str], No
     return folder
 
 
-def _content_hash(path: Path) -> str:
+def _joined_header(path: Path) -> Header:
+    """The header of a file, or of all the parts of a split one."""
+    header = check_header(path)
+    count = header.values.get("split.count", 0)
+    if type(count) is not int or count <= 1:
+        return header
+    here = header.values.get("split.no")
+    match = re.fullmatch(r"(.*-)\d{5}(-of-\d{5}\.gguf)", path.name, re.IGNORECASE)
+    part = f"{path} is part {here + 1 if type(here) is int else '?'} of {count}"
+    if not match or count > 9999:
+        raise ModelError(f"{part}: give it the name it was made with, NAME-00001-of-{count:05}.gguf, beside the others")
+    paths = [path.with_name(f"{match[1]}{number:05}{match[2]}") for number in range(1, count + 1)]
+    missing = [str(number) for number, other in enumerate(paths, 1) if not other.is_file()]
+    if missing:
+        listed = f"parts {', '.join(missing[:-1])} and {missing[-1]} are" if missing[1:] else f"part {missing[0]} is"
+        raise ModelError(f"{part}: {listed} missing beside it")
+    headers = [check_header(other) for other in paths]
+    tensors: dict[str, TensorInfo] = {}
+    for number, other in enumerate(headers):
+        said = [other.values.get(key) for key in ("split.no", "split.count")]
+        if said != [number, count] or any(tensor.name in tensors for tensor in other.tensors):
+            raise ModelError(f"{other.path} is not part {number + 1} of {count} of the same model as {path.name}")
+        tensors |= {tensor.name: tensor for tensor in other.tensors}
+    if headers[0].values.get("split.tensors.count", len(tensors)) != len(tensors):
+        raise ModelError(f"{path}: its {count} parts have {len(tensors)} tensors, not as many as they say")
+    return Header(headers[0].path, headers[0].values, tuple(tensors.values()))
+
+
+def _content_hash(header: Header) -> str:
     digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
+    for path in dict.fromkeys([header.path, *(tensor.path for tensor in header.tensors)]):
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
     return digest.hexdigest()
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold a lock file; False where the file system has no locks, and two conversions at once only waste work."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:  # a network file system without locks: two conversions at once only waste work
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
                 raise
-        yield
+            yield False
+        else:
+            yield True
 
 
-def _check_complete(path: Path, header: Header) -> None:
-    parts = header.values.get("split.count", 0)
-    if parts > 1:
-        stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
-        last = f"{parts:05}-of-{parts:05}"
-        raise ModelError(
-            f"{path} is one part of {parts}: join {stem}-00001-of-{parts:05}.gguf to {stem}-{last}.gguf "
-            "with llama-gguf-split --merge, and give the joined file"
-        )
-
-
-def _convert(path: Path, header: Header, folder: Path, progress: Callable[[str], None]) -> None:
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def _rename(making: Path, folder: Path) -> None:
     try:
-        # transformers goes by the suffix, and looks in the working directory first: the link's path settles both.
-        with tempfile.TemporaryDirectory() as where, redirect_stderr(io.StringIO()):  # progress bars of its own
-            link = Path(where) / "model.gguf"
-            link.symlink_to(path.resolve())
-            loaded, info = AutoModelForCausalLM.from_pretrained(
-                where, gguf_file=str(link), dtype=torch.float32, output_loading_info=True
-            )
-            tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=str(link))
-        _check_all_used(loaded, header, info)
-        # What came from a GGUF file refuses to be saved; a fresh model with its weights does not.
-        config = loaded.config
-        config._name_or_path = ""
-        del config.quantization_config
-        _set_rope_scaling(config, path, header)
-        with torch.device("meta"):
-            model = type(loaded)(config)
-        model.load_state_dict(loaded.state_dict(), assign=True)
-        model.tie_weights()
-        model.generation_config = loaded.generation_config
-        _set_end_tokens(model, header)
-        _set_pre_tokenizer(tokenizer, path, header, progress)
-    except OSError as error:
-        if error.errno is not None:  # the temporary folder; transformers' own have no number
+        os.rename(making, folder)
+    except OSError:
+        if not folder.is_dir():  # else another process, which no lock could hold back, was faster
             raise
-        raise _not_convertible(path, error) from error
-    except Exception as error:
-        raise _not_convertible(path, error) from error
+
+
+def _convert(header: Header, folder: Path, warn: Callable[[str], None]) -> None:
+    from transformers import GenerationConfig
+
     try:
-        with redirect_stderr(io.StringIO()):
+        architecture_of(header)
+        check_tokenizer_keys(header)
+        config = model_config(header)
+        tokenizer = gguf_tokenizer(header, warn)
+        model = _load(header, config)
+        model.generation_config = GenerationConfig(
+            bos_token_id=config.bos_token_id,
+            pad_token_id=config.pad_token_id,
+            eos_token_id=end_tokens(header, tokenizer) or None,
+        )
+        if unknown := unknown_groups(header):
+            warn(f"keys that no reader asks for: {some(unknown)}")
+    except OSError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        kind = type(error) if isinstance(error, ModelError) else ModelError
+        raise kind(f"{header.path} is not a GGUF file that can be converted: {reason}") from error
+    try:
+        with redirect_stderr(io.StringIO()):  # progress bars of its own
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-    except SafetensorError as error:  # it wraps what the system said: no space left, file too large
-        raise StorageError(f"{folder.parent}: {error}; set THRESHER_CACHE to a folder with space") from error
+    except Exception as error:  # the libraries in Rust raise types of their own for a full disk
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise StorageError(f"{folder.parent}: {reason}; set THRESHER_CACHE to a folder with space") from error
+    _check_round_trip(header, folder, tokenizer)
 
 
-def _not_convertible(path: Path, error: Exception) -> ModelError:
-    reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-    return ModelError(f"{path} is not a GGUF file that can be converted: {reason}")
+# Digits, spaces, lines and letters of several kinds: what ways of cutting text differ in.
+PROBE = "It's aB'S 12345.6!?\n\n  1. x=f(y)\t// Zoë's\r\n\n   中文字 кот  "
 
 
-def _check_all_used(loaded: Any, header: Header, info: dict[str, Any]) -> None:
-    """Every weight of the model came from the file, and every tensor of the file went into the model."""
-    absent = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind])
-    if absent:
-        raise ModelError(f"weights are missing: {_some(absent)}")
-    architecture = str(header.values.get("general.architecture"))
-    unused = _unused_tensors(loaded, architecture, [tensor.name for tensor in header.tensors])
-    unused += [str(key) for key in info["unexpected_keys"]]
-    if unused:
-        raise ModelError(f"tensors of the file that {type(loaded).__name__} has no place for: {_some(sorted(unused))}")
+def _check_round_trip(header: Header, folder: Path, tokenizer: Any) -> None:
+    """transformers goes by the model's type, too, and may read another tokenizer than was saved."""
+    from transformers import AutoTokenizer
+
+    read = AutoTokenizer.from_pretrained(folder)
+    if _cut(read) != _cut(tokenizer):
+        cut = header.values.get("tokenizer.ggml.pre")
+        raise UnsupportedModelError(
+            f"{header.path}: transformers takes {type(read).__name__} for a tokenizer of {cut!r:.40} "
+            "(tokenizer.ggml.pre), with other tokens; give the model's Hugging Face folder"
+        )
 
 
-def _unused_tensors(loaded: Any, architecture: str, names: list[str]) -> list[str]:
-    from transformers.integrations.gguf.utils import is_gguf_arch_supported
+def _cut(tokenizer: Any) -> tuple[list[int], Any]:
+    splitter = tokenizer.backend_tokenizer.pre_tokenizer
+    return tokenizer(PROBE).input_ids, splitter and splitter.pre_tokenize_str(PROBE)
+
+
+def _load(header: Header, config: Any) -> Any:
+    """The model with the file's tensors as float32; every tensor is used, and none of the model's is missing."""
+    import torch
+    from transformers import AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-    if is_gguf_arch_supported(architecture):
-        return []  # of these transformers itself reports what it did not use
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={})
-    places = get_gguf_hf_weights_map(loaded, processor)
-    handled = {"rope_freqs.weight"} | ({"output.weight"} if architecture == "gpt2" else set())
-    # Experts lie in one tensor, whose place is known without the suffix.
-    return [n for n in names if n not in places and n.removesuffix(".weight") not in places and n not in handled]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    architecture = header.values["general.architecture"]
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
+    places = get_gguf_hf_weights_map(model, processor)
+    # Experts lie in one tensor, whose place is known without the suffix; GPT-2's output goes to a place of its own.
+    known = places.keys() | {f"{name}.weight" for name in places} | set(ROPE_TENSORS)
+    known |= {"output.weight"} if architecture == "gpt2" else set()
+    refuse(info.name for info in header.tensors if info.name not in known)
+
+    parsed: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}
+    tensors = parsed["tensors"]
+    for info in header.tensors:
+        if info.name not in ROPE_TENSORS:
+            done = processor.process(_dequantized(info), info.name, tensor_key_mapping=places, parsed_parameters=parsed)
+            if done.name is not None:  # else it is among the tensors already
+                tensors[places[done.name]] = torch.from_numpy(done.weights.copy())
+    expected = model.state_dict()
+    for name, wanted in expected.items():
+        # The flag for biases of q, k and v asks for one of the output too.
+        if name.endswith(".o_proj.bias") and not any(n.endswith(".o_proj.bias") for n in tensors):
+            tensors |= {n: torch.zeros(wanted.shape) for n in expected if n.endswith(".o_proj.bias")}
+    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    if missing := sorted(expected.keys() - tensors.keys() - tied):
+        raise ModelError(f"weights are missing: {some(missing)}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise ModelError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    return model
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def _dequantized(info: TensorInfo) -> Any:
+    """The numbers of a tensor as float32, numpy; the dimension that moves fastest comes last."""
+    import numpy as np
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
-
-# Keys of rope.scaling that change nothing here: what the file was trained with, or read below.
-_ROPE_KEYS = {"type", "factor", "original_context_length", "finetuned", "yarn_beta_fast", "yarn_beta_slow"}
-
-
-def _set_rope_scaling(config: Any, path: Path, header: Header) -> None:
-    """Carry over the scaling of rotary positions, which transformers drops; refuse what has no equal there."""
-    prefix = f"{header.values.get('general.architecture')}.rope."
-    keys = {
-        k.removeprefix(prefix + "scaling."): v for k, v in header.values.items() if k.startswith(prefix + "scaling.")
-    }
-    factor = float(keys.get("factor") or header.values.get(prefix + "scale_linear") or 1)
-    kind = keys.get("type", "linear")  # llama.cpp's default
-    strange = sorted(keys.keys() - _ROPE_KEYS - ({"attn_factor", "yarn_attn_factor"} if _ones(keys) else set()))
-    scaling: dict[str, Any] = {}
-    if kind == "none" or (kind == "linear" and factor == 1):
-        pass
-    elif strange:
-        raise ModelError(f"{prefix}scaling.{strange[0]} is not known; RoPE scaling would be wrong")
-    elif kind == "linear" and factor > 0:
-        scaling = {"rope_type": "linear", "factor": factor}
-    elif kind == "yarn" and factor >= 1:
-        original = keys.get("original_context_length") or config.max_position_embeddings
-        scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": int(original)}
-        scaling |= {k.removeprefix("yarn_"): float(keys[k]) for k in ("yarn_beta_fast", "yarn_beta_slow") if k in keys}
-    else:
-        raise ModelError(f"{prefix}scaling.type '{kind}' with factor {factor:g} is not known")
-    params = getattr(config, "rope_parameters", None)
-    factors = _rope_factors(path, header)
-    if any(abs(f - 1) > 1e-6 for f in factors):
-        if scaling or not params or "rope_theta" not in params:
-            raise ModelError("rope_freqs.weight together with other RoPE scaling is not known")
-        scaling = _llama3(factors, float(params["rope_theta"]), config)
-    if not scaling:
-        return
-    if params and "rope_theta" in params:
-        config.rope_parameters = {**params, **scaling}
-    elif params and "full_attention" in params and config.model_type == "gemma3_text" and kind == "linear":
-        # As llama.cpp: layers with a window keep their positions.
-        config.rope_parameters = {**params, "full_attention": {**params["full_attention"], **scaling}}
-    else:
-        raise ModelError(f"{prefix}scaling.type '{kind}' is not known for {config.model_type}")
-
-
-def _ones(keys: dict[str, Any]) -> bool:
-    return all(keys.get(k, 1) == 1 for k in ("attn_factor", "yarn_attn_factor"))
-
-
-def _rope_factors(path: Path, header: Header) -> tuple[float, ...]:
-    for tensor in header.tensors:
-        if tensor.name == "rope_freqs.weight":
-            if tensor.type != 0:
-                raise ModelError("rope_freqs.weight is not of float32")
-            with path.open("rb") as file:
-                file.seek(tensor.begin)
-                return struct.unpack(f"<{math.prod(tensor.dims)}f", file.read(tensor.bytes))
-    return ()
-
-
-def _llama3(factors: tuple[float, ...], theta: float, config: Any) -> dict[str, Any]:
-    """The llama3 parameters that give exactly these divisors of the frequencies; ModelError if there are none."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    factor, low, high, original = max(factors), 1.0, 4.0, 8192  # all but the factor are the same in every Llama 3
-    for i, found in enumerate(factors):
-        waves = original * theta ** (-2 * i / head_dim) / (2 * math.pi)
-        smooth = min(1.0, max(0.0, (waves - low) / (high - low)))
-        if len(factors) * 2 != head_dim or not math.isclose(found, 1 / ((1 - smooth) / factor + smooth), rel_tol=1e-4):
-            raise ModelError("rope_freqs.weight is not what Llama 3's formula gives; RoPE scaling would be wrong")
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }
-
-
-def _set_end_tokens(model: Any, header: Header) -> None:
-    """A chat model ends its turn with a token of its own, which transformers does not read."""
-    found = model.generation_config.eos_token_id
-    ends = set(found if isinstance(found, list) else [] if found is None else [found])
-    for name in ("eos", "eot", "eom"):
-        token = header.values.get(f"tokenizer.ggml.{name}_token_id")
-        if isinstance(token, int) and 0 <= token < model.config.get_text_config().vocab_size:
-            ends.add(token)
-    if ends:
-        model.generation_config.eos_token_id = sorted(ends)
-
-
-# What llama.cpp does for a `tokenizer.ggml.pre`: each digit apart and then GPT-2's pattern, or that pattern alone.
-_DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
-_AS_GPT2 = {"gpt-2", "phi-2", "mpt", "olmo", "exaone4", "gigachat", "a.x-4.0", "mellum", "jais"}
-
-
-def _set_pre_tokenizer(tokenizer: Any, path: Path, header: Header, progress: Callable[[str], None]) -> None:
-    from tokenizers import pre_tokenizers
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
-    if header.values.get("tokenizer.ggml.model") != "gpt2":
-        return  # SentencePiece does not split beforehand
-    kind = header.values.get("tokenizer.ggml.pre")
-    if kind in _DIGITS_APART:
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    elif kind not in _AS_GPT2 and kind not in GGUF_PRE_TOKENIZER_SPLITS:
-        progress(f"{path.name}: pre-tokenizer '{kind}' is not known; GPT-2's is taken, and some tokens may be wrong")
+    kind = GGMLQuantizationType(info.type)
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    shape = info.dims[::-1]
+    stored = np.memmap(info.path, np.uint8, "r", info.begin, info.bytes)
+    if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+        number = "<f4" if kind == GGMLQuantizationType.F32 else "<f2"
+        return np.array(stored).view(number).astype(np.float32).reshape(shape)
+    return dequantize(stored.reshape(*shape[:-1], shape[-1] // block * block_bytes), kind).reshape(shape)

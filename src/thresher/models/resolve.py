@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ class ModelSource:
     def reference(self) -> str:
         """What finds it again from any folder: an absolute path, a hub id or the name of the embedded model."""
         if self.gguf:
-            return str(self.gguf.absolute()) if self.gguf.stem == self.name else self.name
+            return str(self.gguf.absolute()) if _gguf_name(self.gguf) == self.name else self.name
         return str(self.folder.absolute()) if self.folder.resolve().name == self.name else self.name
 
 
@@ -52,28 +53,43 @@ def resolve(model: str | Path = DEFAULT_MODEL, progress: Progress = lambda messa
         file = _embedded_gguf()
         return ModelSource(name, import_gguf(file, name, cache_folder(), progress), file)
     path = Path(model)
-    is_gguf = path.suffix.lower() == ".gguf"
-    if is_gguf and not path.is_file():
-        raise ModelError(f"{path}: no such file")
-    if is_gguf or (path.is_file() and _starts_as_gguf(path)):  # Ollama keeps its files without a suffix
-        return ModelSource(path.stem, import_gguf(path, path.stem, cache_folder(), progress), path)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{path}: no config.json in this folder; give the folder of a Hugging Face model")
-        return ModelSource(path.resolve().name, path)
-    if path.exists():
-        raise ModelError(f"{path}: not a model; give a folder, a .gguf file or a hub id")
+    try:
+        source = _local(path, progress)
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise ModelError(f"{name:.200}: {error.strerror or error}") from error
+    if source:
+        return source
     if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
         raise ModelError(f"{path}: no such folder")
     return ModelSource(name, _from_hub(name, progress))
 
 
+def _local(path: Path, progress: Progress) -> ModelSource | None:
+    """The model at a path; None if there is nothing."""
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path}: no config.json in this folder; give the folder of a Hugging Face model")
+        return ModelSource(path.resolve().name, path)
+    is_gguf = path.suffix.lower() == ".gguf"
+    if path.is_file() and (is_gguf or _starts_as_gguf(path)):
+        name = _gguf_name(path)
+        return ModelSource(name, import_gguf(path, name, cache_folder(), progress), path)
+    if path.exists():
+        raise ModelError(f"{path}: not a model; give a folder, a .gguf file or a hub id")
+    if is_gguf:
+        raise ModelError(f"{path}: no such file")
+    return None
+
+
+def _gguf_name(path: Path) -> str:
+    """The file's name without the suffix, if it has one, and without the number of a part."""
+    return re.sub(r"-\d{5}-of-\d{5}$", "", path.stem if path.suffix.lower() == ".gguf" else path.name)
+
+
 def _starts_as_gguf(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(4) == b"GGUF"
-    except OSError:
-        return False
+    """Ollama keeps its files without a suffix."""
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def _embedded_gguf() -> Path:
