@@ -426,12 +426,12 @@ def _storage_errors(path: Path) -> Iterator[None]:
 def _check_identity(path: Path, info: KVFileInfo, expect: Identity | None, layout: KVLayout | None) -> None:
     have = info.identity
     if expect and have.model_fingerprint != expect.model_fingerprint:
-        raise KVFileMismatchError(f"{path} was made with another model ({have.model}), not with {expect.model}")
+        raise KVFileMismatchError(f"{path} was made with another model ({have.model:.200}), not with {expect.model}")
     if expect and have.tokenizer_fingerprint != expect.tokenizer_fingerprint:
         raise KVFileMismatchError(f"{path} was made with another tokenizer than that of {expect.model}")
     if layout and info.layout.dtype != layout.dtype:
         raise KVFileMismatchError(
-            f"{path} holds {str(info.layout.dtype).removeprefix('torch.')}, written with --weights {info.weights}; "
+            f"{path} holds {str(info.layout.dtype).removeprefix('torch.')}, written with --weights {info.weights:.20}; "
             f"the model is loaded with {str(layout.dtype).removeprefix('torch.')}"
         )
     if layout and info.layout != layout:

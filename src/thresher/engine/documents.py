@@ -139,7 +139,7 @@ def _restore(
         shape = Shape(runner.model.heads, runner.model.dtype)
         return Index.restore(method, shape, runner.model.layers, sequence.length, meta, arrays)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, UsageError) as error:
-        raise KVFileDamagedError(f"{path} is damaged: its index makes no sense ({error})") from error
+        raise KVFileDamagedError(f"{path} is damaged: its index makes no sense ({error!s:.200})") from error
 
 
 def _remark(runner: Runner, path: Path, sequence: KVSequence, method: AttentionMethod) -> str:
