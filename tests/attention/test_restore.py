@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import Case, check_step
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from thresher.attention.index import Index, index_bytes_per_token
@@ -65,6 +65,8 @@ steps = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(text=st.sampled_from(TEXTS), steps=steps)
+@example(text=TEXTS[0], steps=[("crop", 10), ("file", None)])  # no block is left, and nothing that it settled
+@example(text=TEXTS[1], steps=[("crop", 10), ("file", None), ("grow", 150)])
 def test_crops_growth_other_windows_and_files(text, steps):
     """In any order. `check_step` looks at what is weighed: all of the last `window` rows among it."""
     case = Case(f"{text},dense_layers=none,window=20", HEADS, 300, seed=3)
