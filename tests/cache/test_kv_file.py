@@ -341,6 +341,21 @@ def test_a_file_that_is_cut_while_it_is_open(tmp_path, left):
     assert torch.equal(kv.open_kv(tmp_path / "x.kv")[0].rows(0, 5000), made.rows(0, 5000))
 
 
+@pytest.mark.parametrize("written", [0, 5000])
+def test_a_file_that_is_cut_while_it_is_copied(tmp_path, written):
+    """Before its rows are written, or between them and its index."""
+    made = sequence(5000)
+    save(tmp_path / "x.kv", made)
+    opened, *_ = kv.open_kv(tmp_path / "x.kv", verify=False)
+    with kv.KVFileWriter(tmp_path / "y.kv", info(made), made.token_ids) as writer:
+        writer.write(opened, written)
+        os.truncate(tmp_path / "x.kv", 100000)
+        with pytest.raises(KVFileDamagedError, match="x.kv was cut while it was open"):
+            writer.write(opened, 5000) if not written else writer.finish(None, opened)
+        assert writer.done == written
+    assert not (tmp_path / "y.kv").exists()
+
+
 def test_other_rows_than_announced(tmp_path):
     made = sequence(600)
     with (
