@@ -41,13 +41,13 @@ demo: install  ## Read a long text, ask it questions, show the times
 
 # A separate copy, imported without the editable install: AddressSanitizer must be loaded before Python.
 SANITIZED := build/sanitized
-sanitize: install  ## Kernel and attention tests under AddressSanitizer and UBSan
+sanitize: install  ## Kernel and attention tests, and the fuzz target, under AddressSanitizer and UBSan
 	$(PIP) --no-build-isolation --no-deps --upgrade --target $(SANITIZED) -C build-dir=build/sanitize \
 	  -C cmake.define.THRESHER_SANITIZE=ON .
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OMP_NUM_THREADS=2 \
 	  PYTHONPATH=$(SANITIZED):$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])') \
-	  $$($(BIN)/python -c 'import sys; print(sys._base_executable)') -m pytest tests/kernels tests/attention -p no:cacheprovider
+	  $$($(BIN)/python -c 'import sys; print(sys._base_executable)') -m pytest tests/kernels tests/attention tests/fuzz -p no:cacheprovider
 
 clean:  ## Remove what was built (not the model cache)
 	rm -rf build $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -10,6 +10,7 @@
 
 #include "index.h"
 #include "layer.h"
+#include "mapping.h"
 #include "plan.h"
 #include "pool.h"
 
@@ -302,6 +303,12 @@ void bind_layer(nb::module_& m) {
           nb::call_guard<nb::gil_scoped_release>());
 }
 
+void bind_mapping(nb::module_& m) {
+  m.def("watch", [](uintptr_t begin, size_t bytes) { return reinterpret_cast<uintptr_t>(watch(begin, bytes)); });
+  m.def("unwatch", [](uintptr_t mapping) { unwatch(at<Mapping>(mapping)); });
+  m.def("was_cut", [](uintptr_t mapping) { return was_cut(at<const Mapping>(mapping)); });
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -322,4 +329,5 @@ NB_MODULE(_native, m) {
   bind_index(m);
   bind_plan(m);
   bind_layer(m);
+  bind_mapping(m);
 }

@@ -184,6 +184,7 @@ def check_step(case):
     weighed = weights > 0
     group, begin = case.index.shape.group, method.sinks
     # Sinks, window and what is not indexed yet are weighed in any case, by every query head.
+    assert end <= max(begin, case.sequence.length - method.window)
     assert weighed[:, :begin].all()
     assert weighed[:, end:].all()
     log_weights = None

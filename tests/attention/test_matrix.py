@@ -227,7 +227,7 @@ def test_growth_crop_and_forks(text):
         assert left < case.method.window + 128 or not case.method.grows
     for length in (400, 170, 90):
         case.sequence.crop(length)
-        assert not case.index or case.index.covered <= length
+        assert not case.index or not case.method.indexed or case.index.covered <= max(4, length - case.method.window)
         grow(case, 60, 3000 + length)
     fork = case.fork()
     lengths = case.sequence.length, fork.sequence.length
@@ -367,13 +367,18 @@ def test_largest_parameters(name):
 def test_an_index_serves_other_budgets_and_windows():
     case = make("sign:budget=40,tail=8", Heads(6, 2, 16), 500, seed=15)
     first = case.index.blocks[0]
-    for text in ("sign:budget=9,tail=8,window=200", "sign:budget=100,tail=8,window=10", "sign:budget=40,tail=8"):
+    for text in ("sign:budget=9,tail=8,window=80", "sign:budget=100,tail=8,window=10", "sign:budget=40,tail=8"):
         case.method = parse_method(changed(text, dense_layers="none"))
         assert case.index.serves(case.method)
-        case.index.use(case.method)
+        case.index.use(case.method, case.sequence.length)
         case.extend()
         check_step(case)
     assert case.index.blocks[0] is first
+    case.method = parse_method("sign:budget=40,tail=8,window=200,dense_layers=none")  # reaches into the block
+    case.index.use(case.method, case.sequence.length)
+    case.extend()
+    check_step(case)
+    assert case.index.covered <= case.sequence.length - 200
     others = ["sign", "sign:tail=8,bits=32", "sign:tail=8,sinks=5", "sign:tail=8,seed=1", "auto:tail=8", "lsh"]
     for text in [changed(t, dense_layers="none") for t in others] + ["sign:tail=8"]:
         assert not case.index.serves(parse_method(text))

@@ -20,7 +20,7 @@ def with_seeds(case, text, seeds):
     """The output of the case's next token for each seed, `[seeds, q_heads, head_dim]`. What is built stays the same."""
     outs = []
     for seed in seeds:
-        case.index.use(parse_method(f"{text},seed={seed},dense_layers=none"))
+        case.index.use(parse_method(f"{text},seed={seed},dense_layers=none"), case.sequence.length)
         outs.append(attend([case])[0][0].double())
     return torch.stack(outs)
 

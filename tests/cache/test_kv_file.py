@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -122,7 +123,7 @@ def whole(tmp_path_factory):
 @given(data=st.data())
 def test_any_flipped_byte_is_found(whole, tmp_path, data):
     """Unless it lies in padding, where it means nothing."""
-    _, _, where = kv.decode_header(open_bytes(whole, tmp_path), tmp_path / "x.kv", len(whole))
+    where = kv.offsets(info(sequence(700)), kv.header_size(info(sequence(700))))
     at = data.draw(
         st.one_of(
             st.integers(0, 300), st.integers(where.tokens, where.tokens + 2799), st.integers(where.rows, where.end - 1)
@@ -133,11 +134,6 @@ def test_any_flipped_byte_is_found(whole, tmp_path, data):
     (tmp_path / "y.kv").write_bytes(broken)
     with pytest.raises(KVFileError):
         kv.open_kv(tmp_path / "y.kv")
-
-
-def open_bytes(content, tmp_path):
-    (tmp_path / "x.kv").write_bytes(content)
-    return (tmp_path / "x.kv").open("rb")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -225,28 +221,139 @@ def test_writing_goes_on_where_it_was_cut(tmp_path):
     assert os.listdir(tmp_path) == ["x.kv"]
 
 
-@pytest.mark.parametrize("what", ["other tokens", "other weights", "altered part", "broken note", "no note"])
+@pytest.mark.parametrize(
+    "what", ["other tokens", "other weights", "altered rows", "altered checksum", "cut rows", "cut header", "zeros"]
+)
 def test_a_part_that_does_not_fit_is_not_trusted(tmp_path, what):
     made = sequence(1800)
     path = tmp_path / "x.kv"
     with kv.KVFileWriter(path, info(made), made.token_ids) as writer:
         writer.write(made, 1024)
-        where = writer._where.rows
+        where, checksums = writer._where.rows, writer._checksums_at
     described, ids = info(made), list(made.token_ids)
     if what == "other tokens":
         ids[3] += 1
     if what == "other weights":
         described = KVFileInfo(IDENTITY, made.layout, made.length, "int8", "chat", SOURCE)
-    if what == "altered part":
-        with (tmp_path / "x.kv.part").open("r+b") as file:
-            file.seek(where + 700 * 8)
-            file.write(b"\x55\x55")
-    if what == "broken note":
-        (tmp_path / "x.kv.part.json").write_text("[1, 2")
-    if what == "no note":
-        (tmp_path / "x.kv.part.json").unlink()
+    part = tmp_path / "x.kv.part"
+    content = bytearray(part.read_bytes())
+    if what == "altered rows":
+        content[where + 700 * 8 : where + 700 * 8 + 2] = b"\x55\x55"
+    if what == "altered checksum":
+        content[checksums + 16 : checksums + 18] = b"zz"
+    if what == "cut rows":
+        del content[-1000:]
+    if what == "cut header":
+        del content[100:]
+    if what == "zeros":
+        content[:] = bytes(len(content))
+    part.write_bytes(content)
     with kv.KVFileWriter(path, described, ids) as writer:
-        assert writer.done == (512 if what == "altered part" else 0)
+        assert writer.done == {"altered rows": 512, "cut rows": 1024}.get(what, 0)
+        writer.write(made, 0)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["x.kv", "x.kv.part"])
+def test_a_folder_link_or_pipe_in_the_way(tmp_path, name):
+    made = sequence(10)
+    for put in (
+        lambda path: path.mkdir(),
+        lambda path: path.symlink_to(tmp_path / "nowhere"),
+        lambda path: os.mkfifo(path),
+        lambda path: path.write_text("my notes"),
+    ):
+        put(tmp_path / name)
+        with pytest.raises(StorageError):
+            save(tmp_path / "x.kv", made)
+        kept = os.lstat(tmp_path / name).st_mode
+        assert (tmp_path / name).is_dir() == stat.S_ISDIR(kept)
+        (tmp_path / name).rename(tmp_path / f"kept{len(os.listdir(tmp_path))}")
+        (tmp_path / "x.kv.part").unlink(missing_ok=True)
+    assert sum(p.is_file() and p.read_text() == "my notes" for p in tmp_path.iterdir()) == 1
+
+
+@pytest.mark.parametrize("call", ["preadv", "fstat"])
+def test_a_failed_resume_keeps_the_checkpoint(tmp_path, monkeypatch, call):
+    made = sequence(1800)
+    with kv.KVFileWriter(tmp_path / "x.kv", info(made), made.token_ids) as writer:
+        writer.write(made, 1024)
+    before = (tmp_path / "x.kv.part").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, lambda *a: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+        with pytest.raises(StorageError, match="Input/output"):
+            kv.KVFileWriter(tmp_path / "x.kv", info(made), made.token_ids)
+    assert (tmp_path / "x.kv.part").read_bytes() == before
+    with kv.KVFileWriter(tmp_path / "x.kv", info(made), made.token_ids) as writer:
+        assert writer.done == 1024
+
+
+def test_nothing_is_left_open(tmp_path, monkeypatch):
+    made = sequence(600)
+    before = len(os.listdir("/proc/self/fd"))
+    save(tmp_path / "x.kv", made)
+    for call in ("fsync", "replace", "ftruncate", "posix_fallocate", "pwrite"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, lambda *a: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+            with pytest.raises(StorageError):
+                save(tmp_path / "x.kv", made)
+    (tmp_path / "text").write_text("words")
+    for path in (tmp_path / "text", tmp_path):
+        with pytest.raises(KVFileError):
+            kv.open_kv(path)
+        with pytest.raises(StorageError):
+            save(path, made)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_folder_that_cannot_be_synced_is_said(tmp_path, monkeypatch):
+    """The file is there: that is no failure."""
+    made = sequence(600)
+    said = []
+    real = os.fsync
+
+    def fsync(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode) and (tmp_path / "x.kv").exists():
+            raise OSError(errno.EIO, "Input/output error")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    kv.save(tmp_path / "x.kv", made, identity=IDENTITY, weights="bf16", framing="chat", say=said.append)
+    assert "is written, but its folder was not synced: Input/output error" in said[0]
+    assert kv.open_kv(tmp_path / "x.kv")[0].length == 600
+
+
+@pytest.mark.parametrize("left", [0, 5000, "all but one"])
+def test_a_file_that_is_cut_while_it_is_open(tmp_path, left):
+    """Its rows are zeros then, not the end of the process, and nothing is made of them."""
+    made = sequence(5000)
+    save(tmp_path / "x.kv", made)
+    opened, *_ = kv.open_kv(tmp_path / "x.kv", verify=False)
+    opened.check()
+    os.truncate(tmp_path / "x.kv", left if isinstance(left, int) else (tmp_path / "x.kv").stat().st_size - 1)
+    assert not torch.equal(opened.rows(0, 5000), made.rows(0, 5000))
+    with pytest.raises(KVFileDamagedError, match="x.kv was cut while it was open"):
+        opened.check()
+    with pytest.raises(KVFileDamagedError, match="x.kv was cut while it was open"):
+        save(tmp_path / "y.kv", opened)
+    assert not (tmp_path / "y.kv").exists()
+    save(tmp_path / "x.kv", made)
+    assert torch.equal(kv.open_kv(tmp_path / "x.kv")[0].rows(0, 5000), made.rows(0, 5000))
+
+
+@pytest.mark.parametrize("written", [0, 5000])
+def test_a_file_that_is_cut_while_it_is_copied(tmp_path, written):
+    """Before its rows are written, or between them and its index."""
+    made = sequence(5000)
+    save(tmp_path / "x.kv", made)
+    opened, *_ = kv.open_kv(tmp_path / "x.kv", verify=False)
+    with kv.KVFileWriter(tmp_path / "y.kv", info(made), made.token_ids) as writer:
+        writer.write(opened, written)
+        os.truncate(tmp_path / "x.kv", 100000)
+        with pytest.raises(KVFileDamagedError, match="x.kv was cut while it was open"):
+            writer.write(opened, 5000) if not written else writer.finish(None, opened)
+        assert writer.done == written
+    assert not (tmp_path / "y.kv").exists()
 
 
 def test_other_rows_than_announced(tmp_path):
@@ -408,5 +515,7 @@ def test_no_space_then_space(tmp_path, monkeypatch):
 
 def test_no_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(kv.fcntl, "flock", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks")))
-    save(tmp_path / "x.kv", sequence(10))
+    said = []
+    kv.save(tmp_path / "x.kv", sequence(10), identity=IDENTITY, weights="bf16", framing="chat", say=said.append)
+    assert "no locks here" in said[0]
     assert kv.open_kv(tmp_path / "x.kv")[0].length == 10

@@ -98,7 +98,7 @@ def test_forks_store_the_prefix_once():
 
 def test_a_mapped_segment_is_not_resident_and_never_written():
     data = rows_for(range(4)).contiguous()
-    sequence = KVSequence(LAYOUT, Segment(data, mapped=True), [0, 1, 2, 3])
+    sequence = KVSequence(LAYOUT, Segment(data, object()), [0, 1, 2, 3])
     sequence.crop(2)
     sequence.append([9], rows_for([9]))
     assert torch.equal(data, rows_for(range(4)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -12,6 +13,7 @@ from command_line import COMMAND, call, fails
 from thresher.kernels.native import kernel_set
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 8
+CHECKSUM = re.compile(rb'"checksums": "([0-9a-f]{16})')
 
 
 @pytest.fixture
@@ -69,6 +71,45 @@ def test_ask(kv, tiny_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [q["question"] for q in json.loads(out.read_text())["questions"]] == ["Who?", "Where?"]
     assert "first token" in done.stderr
+
+
+def test_json_replaces_only_its_own(tmp_path):
+    """And says so before any work is done."""
+    (tmp_path / "own.json").write_text('{\n  "old": 1\n}\n')
+    (tmp_path / "empty.json").write_text("")
+    for name in ("own.json", "empty.json", "new.json"):
+        assert call("methods", "--json", tmp_path / name).returncode == 0
+        assert json.loads((tmp_path / name).read_text())[0]["name"] == "dense"
+    kept = {
+        "book.txt": "words",
+        "other.json": '{"old": 1}',
+        "bad.json": '{"old": ',
+        "deep.json": "[" * 100000,
+        "x.kv": "THRESHKV",
+    }
+    for name, text in kept.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "link.json").symlink_to(tmp_path / "own.json")
+    (tmp_path / "nowhere.json").symlink_to(tmp_path / "nothing")
+    (tmp_path / "folder").mkdir()
+    before = (tmp_path / "own.json").read_text()
+    for name in (*kept, "link.json", "nowhere.json", "folder"):
+        fails(6, name, "methods", "--json", tmp_path / name)
+    assert {name: (tmp_path / name).read_text() for name in kept} == kept
+    assert (tmp_path / "own.json").read_text() == before
+    assert (tmp_path / "link.json").is_symlink()
+
+
+def test_json_to_pipes_and_devices(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE, text=True)
+    assert call("methods", "--json", tmp_path / "pipe").returncode == 0
+    assert json.loads(reader.communicate(timeout=30)[0])[0]["name"] == "dense"
+    null = os.stat("/dev/null")
+    assert call("methods", "--json", "/dev/null").returncode == 0
+    assert os.stat("/dev/null") == null
+    for name in ("-", "/dev/stdout"):
+        assert '"name": "dense"' in call("methods", "--json", name).stdout
 
 
 def test_ask_takes_the_weights_of_the_file(book, tiny_folder, tmp_path):
@@ -199,8 +240,8 @@ def test_ctrl_c_while_reading_keeps_a_checkpoint(tiny_folder, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    note = tmp_path / "x.kv.part.json"  # replaced atomically, so it is always whole
-    while not (note.exists() and json.loads(note.read_text())["checksums"]):
+    part = tmp_path / "x.kv.part"  # its header names no checksum before the first checkpoint
+    while not (part.exists() and (found := CHECKSUM.search(part.read_bytes()[:4096])) and int(found[1], 16)):
         assert child.poll() is None
         time.sleep(0.005)
     child.send_signal(signal.SIGINT)

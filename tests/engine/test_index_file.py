@@ -1,6 +1,8 @@
 """Indexes in KV files: what `read` built is what `open` uses, and nothing a stranger wrote reaches the kernels
 unchecked."""
 
+import os
+
 import pytest
 import torch
 
@@ -8,7 +10,8 @@ from thresher import LLM, SamplingParams
 from thresher.attention.index import Index
 from thresher.attention.registry import METHODS
 from thresher.cache import file as kv
-from thresher.errors import KVFileDamagedError, KVFileError
+from thresher.cache.sequence import KVSequence
+from thresher.errors import KVFileDamagedError, KVFileError, ThresherError
 
 TEXT = "It was the best of times, it was the worst of times. " * 8
 GREEDY = SamplingParams(max_new_tokens=8, ignore_eos=True)
@@ -100,6 +103,45 @@ def test_positions_out_of_bounds_are_refused(tiny_folder, tmp_path, attention, a
         llm.open(tmp_path / "x.kv")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38], ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_that_are_not_numbers_end_in_one_line(tiny_folder, tmp_path, name, value):
+    """Whatever a method makes of them. A few may never be read; of all there is no answer."""
+    llm = llm_with(tiny_folder, name if name == "dense" else f"{name}:{SETTINGS}")
+    rows = llm.read(TEXT).sequence
+    for positions in (slice(100, 101), slice(None)):
+        made = KVSequence(rows.layout)
+        kept = rows.rows(0, rows.length)
+        kept[1:, :, :, positions] = value
+        made.append(rows.token_ids, kept)
+        kv.save(tmp_path / "x.kv", made, identity=llm.identity, weights="float32", framing="plain")
+        context = llm.open(tmp_path / "x.kv")
+        said = ""
+        try:
+            llm.ask(context, "What?", GREEDY)
+        except ThresherError as error:
+            said = str(error)
+        assert "\n" not in said
+        assert said or positions != slice(None) or value == 3e38
+        context.close()
+
+
+def test_a_file_that_is_cut_harms_no_other_context(tiny_folder, tmp_path):
+    """Its page faults do not end the process, and the answers that its zeros would give are not given."""
+    llm = llm_with(tiny_folder, f"lsh:K=4,L=8,{SETTINGS}", allow_extrapolation=True)
+    for name in ("cut", "whole"):
+        llm.read("word " * 240, tmp_path / f"{name}.kv")
+    cut, whole = (llm.open(tmp_path / f"{name}.kv", verify=False) for name in ("cut", "whole"))
+    expected = llm.ask(whole, "What?", GREEDY)[0][0].token_ids
+    os.truncate(tmp_path / "cut.kv", 5000)
+    with pytest.raises(KVFileDamagedError, match="cut.kv was cut while it was open"):
+        llm.ask(cut, "What?", GREEDY)
+    with pytest.raises(KVFileDamagedError, match="cut.kv was cut while it was open"):
+        llm.save(cut, tmp_path / "copy.kv")
+    assert not (tmp_path / "copy.kv").exists()
+    assert llm.ask(whole, "What?", GREEDY)[0][0].token_ids == expected
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -111,6 +153,8 @@ def test_positions_out_of_bounds_are_refused(tiny_folder, tmp_path, attention, a
         {"blocks": [[4, 1 << 40]]},
         {"blocks": "x"},
         {"blocks": [[4]]},
+        {"blocks": [[4.0, 68]]},
+        {"method": "a" * 60000},
     ],
 )
 def test_nonsense_is_refused(tiny_folder, tmp_path, change):
@@ -119,5 +163,6 @@ def test_nonsense_is_refused(tiny_folder, tmp_path, change):
     meta, arrays = llm.runner.prepare(context.sequence, llm.attention).state()
     options = {"identity": llm.identity, "weights": "float32", "framing": "plain"}
     kv.save(tmp_path / "x.kv", context.sequence, **options, arrays=(meta | change, arrays))
-    with pytest.raises(KVFileError):
+    with pytest.raises(KVFileError) as caught:
         llm.open(tmp_path / "x.kv")
+    assert len(str(caught.value)) < 500

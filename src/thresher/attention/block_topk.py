@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 import torch
 
 from thresher.attention.quest import check_unit
-from thresher.attention.sparse import BudgetMethod, Rank, Shape
+from thresher.attention.sparse import BudgetMethod, Rank, Shape, Stated
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class BlockTopK(BudgetMethod):
     ) -> dict[str, torch.Tensor]:
         mean = keys.view(keys.shape[0], -1, self.block, keys.shape[2]).float().mean(dim=2)
         return {"rows": mean.to(shape.dtype)} | super().build(keys, values, frozen, shape)
+
+    def block_arrays(self, n: int, shape: Shape) -> Stated:
+        return {"rows": (shape.dtype, (n // self.block, shape.heads.head_dim))} | super().block_arrays(n, shape)
 
     def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
         return super().parameters(shape, frozen) | {"unit": self.block}

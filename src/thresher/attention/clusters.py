@@ -3,7 +3,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from thresher.attention.sparse import GROUP, Rank, Shape, SparseMethod, amount_tokens, check_amount
+from thresher.attention.sparse import (
+    GROUP,
+    Rank,
+    Shape,
+    SparseMethod,
+    Stated,
+    amount_tokens,
+    check_amount,
+    cluster_arrays,
+)
 from thresher.attention.tail import cluster_rows
 from thresher.errors import UsageError
 
@@ -40,6 +49,10 @@ class Clusters(SparseMethod):
     ) -> dict[str, torch.Tensor]:
         arrays = cluster_rows(keys, values, max(1, keys.shape[1] // self.tokens))
         return arrays | {"rows": arrays["means"][:, :, 0].contiguous()}
+
+    def block_arrays(self, n: int, shape: Shape) -> Stated:
+        clusters = max(1, n // self.tokens)
+        return cluster_arrays(clusters, n, shape) | {"rows": (shape.dtype, (clusters, shape.heads.head_dim))}
 
     def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
         return super().parameters(shape, frozen) | {"tail": True}

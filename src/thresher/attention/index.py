@@ -1,5 +1,6 @@
 """The index of one sequence: what a sparse method knows of the cached keys, in blocks that never change once built."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,8 +10,9 @@ import torch
 
 from thresher.attention.base import AttentionMethod
 from thresher.attention.snapkv import SnapKV, pack_marks
-from thresher.attention.sparse import GROUP, RECENT_QUERIES, Rank, Shape, SparseMethod
+from thresher.attention.sparse import GROUP, RECENT_QUERIES, Shape, SparseMethod, Stated
 from thresher.cache.sequence import KVSequence
+from thresher.errors import ModelError
 from thresher.kernels import _native
 from thresher.kernels.attention import SparseReading
 from thresher.kernels.native import TYPES
@@ -106,24 +108,27 @@ class Index:
         """The index of a sequence of `length` tokens from its `state`. Raises ValueError if anything is not as it would
         have been built, down to the numbers that the kernels use as positions: arrays may come from a stranger."""
         index = cls(method, shape, layers)
-        bounds = meta["blocks"]
+        grouped: dict[str, dict[str, torch.Tensor]] = {"frozen": {}}
+        for path, array in arrays.items():
+            group, _, name = path.partition("/")
+            grouped.setdefault(group, {})[name] = array
+        index.frozen = grouped.pop("frozen")
         reached = method.sinks
-        for i, (begin, end) in enumerate(bounds):
-            if begin != reached or type(end) is not int or not begin < end <= length or (end - begin) % GROUP:
+        for i, (begin, end) in enumerate(meta["blocks"]):
+            if (
+                begin != reached
+                or type(end) is not int
+                or not begin < end <= length - method.window
+                or (end - begin) % GROUP
+            ):
                 raise ValueError("blocks do not follow each other")
             if end - begin > method.segment:
                 raise ValueError("a block larger than the method builds")
-            block = Block(
-                begin, end, {n.partition("/")[2]: t for n, t in arrays.items() if n.startswith(f"{i}/")}, mapped=True
-            )
-            check_block(block)
-            index.blocks.append(block)
+            index.blocks.append(Block(reached, end, grouped.pop(str(i), {}), mapped=True))
             reached = end
-        index.frozen = {n.partition("/")[2]: t for n, t in arrays.items() if n.startswith("frozen/")}
-        index._check_shapes()
-        for name, t in arrays.items():
-            if t.is_floating_point() and not bool(t.isfinite().all()):
-                raise ValueError(f"{name} holds what is not a finite number")
+        if grouped:
+            raise ValueError("arrays of blocks that it does not have")
+        index._check_arrays()
         index._make_native()
         return index
 
@@ -134,11 +139,12 @@ class Index:
         same = method.index_key() == self.method.index_key() and method.sinks == self.method.sinks
         return same and method.dense_layer_numbers() == self.method.dense_layer_numbers()
 
-    def use(self, method: SparseMethod) -> None:
-        """Go on with another method that the index serves."""
+    def use(self, method: SparseMethod, length: int) -> None:
+        """Go on with another method that the index serves, on a sequence of `length` tokens."""
         if method != self.method:
             self.method = method
             self._native.set_method(self._parameters())
+            self.crop(length)  # its window may be larger
 
     @property
     def covered(self) -> int:
@@ -150,9 +156,9 @@ class Index:
         return sum(b.bytes for b in self.blocks) + sum(t.numel() * t.element_size() for t in self.frozen.values())
 
     def crop(self, length: int) -> None:
-        """Forget blocks that reach beyond `length` tokens; the rest of their rows is read exactly until it is built
-        anew."""
-        kept = [b for b in self.blocks if b.end <= length]
+        """Forget blocks that reach into the window of `length` tokens: what lies there is read exactly, and the rest of
+        their rows until it is built anew."""
+        kept = [b for b in self.blocks if b.end <= length - self.method.window]
         if len(kept) < len(self.blocks):
             self.blocks = kept
             if not kept:
@@ -239,7 +245,13 @@ class Index:
             if frozen:
                 of_planes = {name: t[planes] for name, t in frozen.items()}
             else:
-                of_planes = self.method.freeze(keys, lambda: self._group_queries(queries, chosen), self.shape)  # noqa: B023
+                try:
+                    of_planes = self.method.freeze(keys, lambda: self._group_queries(queries, chosen), self.shape)  # noqa: B023
+                except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                    raise ModelError(
+                        f"{self.method.name} finds keys or queries that are not numbers; the model's weights or its KV "
+                        "cache are damaged"
+                    ) from error
                 settled.append(of_planes)
             arrays = self.method.build(keys, values, of_planes, self.shape)
             if isinstance(self.method, SnapKV):
@@ -259,20 +271,13 @@ class Index:
             .flatten(0, 1)
         )
 
-    def _check_shapes(self) -> None:
-        """Names, dtypes and shapes must be those that building gives: it is tried on one plane of zeros."""
+    def _check_arrays(self) -> None:
+        """Raises ValueError unless all arrays are as the method states them, and their numbers as the kernels need."""
         planes = len(self.layers) * self.shape.heads.kv_heads
-        frozen: dict[str, torch.Tensor] | None = None
+        _check_stated(self.frozen, self.method.frozen_arrays(self.shape) if self.blocks else {}, planes)
         for block in self.blocks:
-            n = block.end - block.begin
-            zeros = torch.zeros(1, n, self.shape.heads.head_dim, dtype=self.shape.dtype)
-            if frozen is None:
-                frozen = self.method.freeze(zeros, lambda: zeros.float(), self.shape)  # noqa: B023
-            arrays = self.method.build(zeros, zeros, frozen, self.shape)
-            if self.method.rank == Rank.FIXED:
-                arrays = arrays | {"keep": torch.zeros(1, n // 64, dtype=torch.int64)}
-            _check_like(block.arrays, arrays, planes)
-        _check_like(self.frozen, frozen or {}, planes)
+            _check_stated(block.arrays, self.method.block_arrays(block.end - block.begin, self.shape), planes)
+            check_block(block)
 
     def _parameters(self) -> dict[str, Any]:
         parameters = self.method.parameters(self.shape, self.frozen)
@@ -297,31 +302,36 @@ def index_bytes_per_token(method: AttentionMethod | None, shape: Shape, layers: 
     if not isinstance(method, SparseMethod) or method.visibility() or not method.indexed:
         return 0.0
     planes = shape.heads.kv_heads * (layers - len([n for n in method.dense_layer_numbers() if n < layers]))
-    zeros = torch.zeros(1, _TYPICAL_BLOCK, shape.heads.head_dim, dtype=shape.dtype)
-    arrays = method.build(zeros, zeros, method.freeze(zeros, lambda: zeros.float(), shape), shape)
-    return planes * sum(t.numel() * t.itemsize for t in arrays.values()) / _TYPICAL_BLOCK
+    stated = method.block_arrays(_TYPICAL_BLOCK, shape).values()
+    return planes * sum(math.prod(lengths) * dtype.itemsize for dtype, lengths in stated) / _TYPICAL_BLOCK
 
 
 def check_block(block: Block) -> None:
     """Raises ValueError if a number that the kernels use as a position leads out of the block's arrays."""
-    arrays, n = block.arrays, block.end - block.begin
-    if "ids" in arrays and int(arrays["ids"].int().amax()) >= n:
+    n = block.end - block.begin
+    arrays = {name: t.numpy() for name, t in block.arrays.items() if not t.is_floating_point()}
+    if "ids" in arrays and arrays["ids"].max() >= n:
         raise ValueError("ids beyond the block")
-    clusters = arrays["counts"].shape[1] if "counts" in arrays else 0
-    if "assigned" in arrays and int(arrays["assigned"].int().amax()) >= clusters:
+    if "assigned" in arrays and arrays["assigned"].max() >= arrays["counts"].shape[1]:
         raise ValueError("clusters that do not exist")
+    if "counts" in arrays and not 0 <= arrays["counts"].min() <= arrays["counts"].max() <= n:
+        raise ValueError("clusters of more tokens than there are")
     if "heads" in arrays:
         heads = arrays["heads"]
-        if bool((heads[..., 0] != 0).any() | (heads[..., -1] != n).any() | (heads.long().diff(dim=-1) < 0).any()):
+        if (heads[..., 0] != 0).any() or (heads[..., -1] != n).any() or (heads[..., 1:] < heads[..., :-1]).any():
             raise ValueError("buckets out of order")
 
 
-def _check_like(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], planes: int) -> None:
-    if got.keys() != expected.keys():
+def _check_stated(got: dict[str, torch.Tensor], stated: Stated, planes: int) -> None:
+    """Raises ValueError if arrays are not as stated or hold a number that is not finite."""
+    if got.keys() != (stated.keys() if planes else set()):
         raise ValueError("other arrays than the method builds")
-    for name, t in expected.items():
-        if got[name].dtype != t.dtype or got[name].shape != (planes, *t.shape[1:]):
+    for name, array in got.items():
+        dtype, lengths = stated[name]
+        if array.dtype != dtype or array.shape != (planes, *lengths):
             raise ValueError(f"{name} of another shape")
+        if array.is_floating_point() and not all(bool(plane.isfinite().all()) for plane in array):
+            raise ValueError(f"{name} holds what is not a finite number")
 
 
 def _join(pieces: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from thresher.attention.sparse import Planes, Rank, Shape, SparseMethod
+from thresher.attention.sparse import Planes, Rank, Shape, SparseMethod, Stated
 from thresher.errors import UsageError
 from thresher.kernels.hashing import MOST_DIRECTIONS, lsh_codes, lsh_tables, project
 from thresher.kernels.linear import PackedLinear, pack_linear
@@ -73,6 +73,15 @@ class LSH(SparseMethod):
             return {"codes": codes, "norms": norms}
         heads, ids = lsh_tables(codes, self.K)
         return {"heads": heads, "ids": ids, "norms": norms}
+
+    def frozen_arrays(self, shape: Shape) -> Stated:
+        return {"mean": (torch.float32, (shape.heads.head_dim,))}
+
+    def block_arrays(self, n: int, shape: Shape) -> Stated:
+        norms: Stated = {"norms": (torch.float32, (n,))}
+        if n < SORTED_TOKENS:
+            return {"codes": (torch.uint16, (self.L, n))} | norms
+        return {"heads": (torch.int32, (self.L, 2**self.K + 1)), "ids": (torch.uint16, (self.L, n))} | norms
 
     def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
         return super().parameters(shape, frozen) | {

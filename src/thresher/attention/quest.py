@@ -3,7 +3,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from thresher.attention.sparse import GROUP, BudgetMethod, Rank, Shape
+from thresher.attention.sparse import GROUP, BudgetMethod, Rank, Shape, Stated
 from thresher.errors import UsageError
 
 
@@ -32,6 +32,10 @@ class Quest(BudgetMethod):
     ) -> dict[str, torch.Tensor]:
         least, greatest = keys.view(keys.shape[0], -1, self.page, keys.shape[2]).aminmax(dim=2)
         return {"rows": torch.cat([least, greatest], dim=-1)} | super().build(keys, values, frozen, shape)
+
+    def block_arrays(self, n: int, shape: Shape) -> Stated:
+        rows = (shape.dtype, (n // self.page, 2 * shape.heads.head_dim))
+        return {"rows": rows} | super().block_arrays(n, shape)
 
     def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
         return super().parameters(shape, frozen) | {"unit": self.page, "row_dim": 2 * shape.heads.head_dim}

@@ -4,11 +4,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from thresher.attention.sparse import BudgetMethod, Planes, Rank, Shape
+from thresher.attention.sparse import BudgetMethod, Planes, Rank, Shape, Stated
 from thresher.attention.tail import query_stretch
 from thresher.errors import UsageError
 from thresher.kernels.hashing import MOST_SIGNS, pack_signs
-from thresher.kernels.linear import pack_linear
+from thresher.kernels.linear import pack_linear, packed_shape
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,12 @@ class Sign(BudgetMethod):
     ) -> dict[str, torch.Tensor]:
         signs = build_signs(keys, frozen)
         return signs | super().build(keys, values, frozen, shape)
+
+    def frozen_arrays(self, shape: Shape) -> Stated:
+        return super().frozen_arrays(shape) | signs_frozen(self.bits, shape)
+
+    def block_arrays(self, n: int, shape: Shape) -> Stated:
+        return signs_arrays(self.bits, n) | super().block_arrays(n, shape)
 
     def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
         return super().parameters(shape, frozen) | sign_parameters(self.bits, frozen)
@@ -97,6 +103,22 @@ def build_signs(keys: torch.Tensor, frozen: dict[str, torch.Tensor]) -> dict[str
     signs, factors = _signs(keys, frozen)
     rounded = (factors / frozen["largest"][:, None] * 255).round().clamp(0, 255).to(torch.uint8)
     return {"signs": pack_signs(signs), "factors": rounded}
+
+
+def signs_frozen(bits: int, shape: Shape) -> Stated:
+    """What `freeze_signs` gives."""
+    dim = shape.heads.head_dim
+    return {
+        "mean": (torch.float32, (dim,)),
+        "spread": (torch.float32, (dim, bits)),
+        "directions": (shape.dtype, packed_shape(bits, dim, shape.dtype)),
+        "largest": (torch.float32, ()),
+    }
+
+
+def signs_arrays(bits: int, n: int) -> Stated:
+    """What `build_signs` gives."""
+    return {"signs": (torch.int32, (n // 16, bits // 32, 16)), "factors": (torch.uint8, (n,))}
 
 
 def _signs(keys: torch.Tensor, frozen: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from thresher.attention.sparse import BudgetMethod, Rank, Shape
+from thresher.attention.sparse import BudgetMethod, Rank, Shape, Stated
 from thresher.errors import UsageError
 
 
@@ -43,6 +43,9 @@ class SnapKV(BudgetMethod):
 
     def index_key(self) -> str:
         return f"snapkv,budget={self.budget},observe={self.observe},pool={self.pool},{super().index_key()}"
+
+    def block_arrays(self, n: int, shape: Shape) -> Stated:
+        return super().block_arrays(n, shape) | {"keep": (torch.int64, (n // 64,))}
 
     def choose(
         self, queries: Callable[[int], torch.Tensor], keys: torch.Tensor, context: int, layers: list[int], shape: Shape

@@ -16,6 +16,7 @@ from thresher.kernels.attention import Heads
 from thresher.machine.cost import Cost, ModelShape, attention_cost
 
 Planes = Callable[[], torch.Tensor]
+Stated = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of named arrays, for each plane
 
 RECENT_QUERIES = 256  # tokens whose queries show what matters of a key
 GROUP = 64  # tokens: blocks of an index begin and end at multiples of this
@@ -120,6 +121,14 @@ class SparseMethod(AttentionMethod):
     ) -> dict[str, torch.Tensor]:
         """The arrays of a block, `[planes, ...]` each, from keys and values `[planes, n, head_dim]`; n a multiple
         of 64."""
+        return {}
+
+    def frozen_arrays(self, shape: Shape) -> Stated:
+        """What `freeze` gives, without doing it."""
+        return {}
+
+    def block_arrays(self, n: int, shape: Shape) -> Stated:
+        """What a block of n tokens has, without building it."""
         return {}
 
     def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -238,6 +247,12 @@ class BudgetMethod(SparseMethod):
     ) -> dict[str, torch.Tensor]:
         return tail_rows(self.tail, keys, values, frozen)
 
+    def frozen_arrays(self, shape: Shape) -> Stated:
+        return tail_frozen(self.tail, shape)
+
+    def block_arrays(self, n: int, shape: Shape) -> Stated:
+        return tail_arrays(self.tail, n, shape)
+
     def index_bytes(self, candidates: int, shape: Shape) -> float:
         blocks = -(-candidates // self.segment)
         return min(self.tail * blocks, candidates / GROUP) * centroid_bytes(shape) if self.tail else 0.0
@@ -269,6 +284,25 @@ def tail_rows(
 ) -> dict[str, torch.Tensor]:
     """The arrays of a tail of `wanted` centroids a block, none if 0."""
     return cluster_rows(keys, values, cluster_count(wanted, keys.shape[1]), frozen["stretch"]) if wanted else {}
+
+
+def tail_frozen(wanted: int, shape: Shape) -> Stated:
+    dim = shape.heads.head_dim
+    return {"stretch": (torch.float32, (dim, dim))} if wanted else {}
+
+
+def tail_arrays(wanted: int, n: int, shape: Shape) -> Stated:
+    """What `tail_rows` gives."""
+    return cluster_arrays(cluster_count(wanted, n), n, shape) if wanted else {}
+
+
+def cluster_arrays(clusters: int, n: int, shape: Shape) -> Stated:
+    """What `cluster_rows` gives."""
+    return {
+        "means": (shape.dtype, (clusters, 2, shape.heads.head_dim)),
+        "counts": (torch.int32, (clusters,)),
+        "assigned": (torch.uint16, (n,)),
+    }
 
 
 def shape_of(shape: ModelShape) -> Shape:

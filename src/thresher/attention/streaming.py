@@ -3,7 +3,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from thresher.attention.sparse import Planes, Shape, SparseMethod, centroid_bytes, tail_rows
+from thresher.attention.sparse import (
+    Planes,
+    Shape,
+    SparseMethod,
+    Stated,
+    centroid_bytes,
+    tail_arrays,
+    tail_frozen,
+    tail_rows,
+)
 from thresher.attention.tail import query_stretch
 from thresher.errors import UsageError
 from thresher.kernels.attention import Visibility
@@ -43,6 +52,12 @@ class Streaming(SparseMethod):
         self, keys: torch.Tensor, values: torch.Tensor, frozen: dict[str, torch.Tensor], shape: Shape
     ) -> dict[str, torch.Tensor]:
         return tail_rows(self.tail, keys, values, frozen)
+
+    def frozen_arrays(self, shape: Shape) -> Stated:
+        return tail_frozen(self.tail, shape)
+
+    def block_arrays(self, n: int, shape: Shape) -> Stated:
+        return tail_arrays(self.tail, n, shape)
 
     def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
         return super().parameters(shape, frozen) | {"tail": self.tail > 0}

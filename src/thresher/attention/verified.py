@@ -4,8 +4,17 @@ from typing import Any, ClassVar
 
 import torch
 
-from thresher.attention.sign import build_signs, check_bits, freeze_signs, sign_bytes, sign_parameters, signs_key
-from thresher.attention.sparse import Planes, Rank, Shape, SparseMethod, Take, amount_tokens, check_amount
+from thresher.attention.sign import (
+    build_signs,
+    check_bits,
+    freeze_signs,
+    sign_bytes,
+    sign_parameters,
+    signs_arrays,
+    signs_frozen,
+    signs_key,
+)
+from thresher.attention.sparse import Planes, Rank, Shape, SparseMethod, Stated, Take, amount_tokens, check_amount
 from thresher.errors import UsageError
 
 
@@ -51,6 +60,12 @@ class Verified(SparseMethod):
         self, keys: torch.Tensor, values: torch.Tensor, frozen: dict[str, torch.Tensor], shape: Shape
     ) -> dict[str, torch.Tensor]:
         return build_signs(keys, frozen)
+
+    def frozen_arrays(self, shape: Shape) -> Stated:
+        return signs_frozen(self.bits, shape)
+
+    def block_arrays(self, n: int, shape: Shape) -> Stated:
+        return signs_arrays(self.bits, n)
 
     def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
         # P(|N^ - N| > e |N|) < d and P(|D^ - D| > e D) < d give P(|o^ - o| > 4 e |o|) < 2 d for e < 1/2.

@@ -15,7 +15,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +25,14 @@ from thresher.cache.sequence import KVLayout
 from thresher.errors import KVFileDamagedError, KVFileVersionError, NotAKVFileError
 
 MAGIC = b"THRESHKV"
+PART_MAGIC = b"THRESHPT"  # in its place while the file is being written
 INDEX_MAGIC = b"THRESHIX"  # of what may follow the rows
 VERSION = 2
 BLOCK = 512  # tokens under one checksum
 PAGE = 4096
-_MAX_HEADER = 1 << 26
+MOST_NAMES = 1 << 18  # bytes of a header's JSON without checksums
+_LEAST_TOKEN = 8  # bytes of a token in any file: its id, and a key and a value of one number each
+_HASHED = 1 << 18  # bytes, about, that are copied together to be hashed
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -109,10 +112,19 @@ def describe(info: KVFileInfo) -> dict[str, Any]:
 
 def encode_header(info: KVFileInfo, checksums: list[int]) -> bytes:
     """Magic to header checksum. Its size depends on the info alone."""
-    fields = describe(info) | {"checksums": "".join(f"{c:016x}" for c in checksums)}
+    fields = describe(info) | {"checksums": encode_checksums(checksums)}  # last: see `checksums_at`
     body = json.dumps(fields, ensure_ascii=True).encode()
     head = MAGIC + struct.pack("<II", VERSION, len(body)) + body
     return head + struct.pack("<Q", xxhash.xxh3_64_intdigest(head))
+
+
+def encode_checksums(checksums: list[int]) -> str:
+    return "".join(f"{c:016x}" for c in checksums)
+
+
+def checksums_at(info: KVFileInfo) -> int:
+    """Where in the file the digits of the first block's checksum are; what comes before depends on the info alone."""
+    return 16 + header_size(info) - len('"}') - 16 * info.blocks
 
 
 def header_size(info: KVFileInfo) -> int:
@@ -120,36 +132,41 @@ def header_size(info: KVFileInfo) -> int:
     return len(encode_header(info, [0] * info.blocks)) - 24
 
 
-def decode_header(file: BinaryIO, path: Path, file_bytes: int) -> tuple[KVFileInfo, list[int], Offsets]:
+def decode_header(fd: int, path: Path, file_bytes: int) -> tuple[KVFileInfo, list[int], Offsets]:
     """Read and check a header. Raises NotAKVFileError, KVFileVersionError or KVFileDamagedError."""
-    head = file.read(16)
+    head = read_at(fd, 16, 0)
     if len(head) < 16 or head[:8] != MAGIC:
         raise NotAKVFileError(f"{path} is not a KV file; make one with: thresher read")
     version, size = struct.unpack("<II", head[8:])
     if version != VERSION:
         raise KVFileVersionError(f"{path} has format version {version}; this Thresher reads version {VERSION}")
-    body = file.read(min(size, _MAX_HEADER))
-    check = file.read(8)
-    if size > _MAX_HEADER or len(body) < size or len(check) < 8:
+    # Parsed JSON may take many times its size in memory, so no more is read than a file of this size can need.
+    if size > MOST_NAMES + 16 * (file_bytes // (_LEAST_TOKEN * BLOCK) + 1):
+        raise KVFileDamagedError(f"{path} is damaged: its header is larger than such a file needs")
+    rest = read_at(fd, size + 8, 16)
+    if len(rest) < size + 8:
         raise KVFileDamagedError(f"{path} is damaged: its header is cut")
+    body, check = rest[:size], rest[size:]
     if struct.unpack("<Q", check)[0] != xxhash.xxh3_64_intdigest(head + body):
         raise KVFileDamagedError(f"{path} is damaged: the checksum of its header does not match")
     try:
         fields = json.loads(body)
         info = decode_info(fields)
-        text = fields["checksums"]
-        checksums = [int(text[i : i + 16], 16) for i in range(0, len(text), 16)]
-        if len(text) != 16 * info.blocks:
-            raise ValueError("checksums")
+        checksums = decode_checksums(fields["checksums"], info.blocks)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise KVFileDamagedError(f"{path} is damaged: its header makes no sense ({error})") from error
+        raise KVFileDamagedError(f"{path} is damaged: its header makes no sense ({error!s:.80})") from error
     where = offsets(info, size)
-    if file_bytes < where.end:
-        raise KVFileDamagedError(f"{path} is damaged: it has {file_bytes} bytes, its header says {where.end}")
-    file.seek(where.end)
-    if file_bytes > where.end and file.read(len(INDEX_MAGIC)) != INDEX_MAGIC:
+    indexed = file_bytes > where.end and read_at(fd, len(INDEX_MAGIC), where.end) == INDEX_MAGIC
+    if file_bytes != where.end and not indexed:
         raise KVFileDamagedError(f"{path} is damaged: it has {file_bytes} bytes, its header says {where.end}")
     return info, checksums, where
+
+
+def decode_checksums(text: str, blocks: int) -> list[int]:
+    """The inverse of `encode_checksums`. Raises ValueError or TypeError."""
+    if len(text) != 16 * blocks:
+        raise ValueError("checksums")
+    return [int(text[i : i + 16], 16) for i in range(0, len(text), 16)]
 
 
 def decode_info(fields: Mapping[str, Any]) -> KVFileInfo:
@@ -190,15 +207,30 @@ def raw(tensor: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
-def write_all(file: BinaryIO, data: memoryview, at: int) -> None:
+def write_all(fd: int, data: memoryview, at: int) -> None:
     while data:
-        written = os.pwrite(file.fileno(), data, at)
+        written = os.pwrite(fd, data, at)
         data, at = data[written:], at + written
+
+
+def read_at(fd: int, n: int, at: int) -> bytes:
+    """n bytes from byte `at` of a file, fewer if it ends before."""
+    data = bytearray(n)
+    return bytes(data[: read_into(fd, memoryview(data), at)])
+
+
+def read_into(fd: int, data: memoryview, at: int) -> int:
+    """Fill memory from byte `at` of a file; returns how many bytes there were."""
+    done = 0
+    while done < len(data) and (n := os.preadv(fd, [data[done:]], at + done)):
+        done += n
+    return done
 
 
 def block_checksum(token_ids: np.ndarray, rows: torch.Tensor) -> int:
     """xxh3_64 over int32 token ids and the rows `[layers, 2, kv_heads, n, head_dim]`, plane by plane."""
     digest = xxhash.xxh3_64(token_ids.tobytes())
-    for plane in rows.flatten(0, 2):
-        digest.update(raw(plane.contiguous()))
+    planes = rows.flatten(0, 2)
+    for some in torch.split(planes, max(1, _HASHED // (rows[0, 0, 0].numel() * rows.itemsize))):
+        digest.update(raw(some.contiguous()))
     return digest.intdigest()

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from thresher.cache.mapping import MappedFile
 from thresher.errors import CapacityError
 
 MIN_TAIL = 64  # tokens
@@ -38,10 +39,10 @@ class KVLayout:
 
 @dataclass(eq=False)
 class Segment:
-    """Storage `[layers, 2, kv_heads, capacity, head_dim]`; `mapped` when it is a file and not resident memory."""
+    """Storage `[layers, 2, kv_heads, capacity, head_dim]`, in memory or in a mapped file."""
 
     data: torch.Tensor
-    mapped: bool = False
+    file: MappedFile | None = None
 
 
 @dataclass
@@ -150,6 +151,12 @@ class KVSequence:
         other.index = self.index.fork() if self.index else None
         return other
 
+    def check(self) -> None:
+        """Raises KVFileDamagedError if rows that were read since may not have been those of the file they lie in."""
+        for part in self._parts:
+            if part.segment.file:
+                part.segment.file.check()
+
     def view(self, length: int) -> "KVSequence":
         """The first `length` tokens as a sequence to read along in for a moment: it shares rows without freezing the
         tail as `fork` does, so it holds only until this sequence is cropped."""
@@ -175,4 +182,4 @@ class KVSequence:
 def resident_bytes(sequences: Iterable[KVSequence]) -> int:
     """Bytes of memory allocated for these sequences: what they share counts once, what lies in files not at all."""
     segments = {id(p.segment): p.segment for s in sequences for p in s._parts}
-    return sum(s.data.numel() * s.data.element_size() for s in segments.values() if not s.mapped)
+    return sum(s.data.numel() * s.data.element_size() for s in segments.values() if s.file is None)

@@ -54,10 +54,10 @@ def is_kv_file(path: Path) -> bool:
 def describe_file(path: Path, verify: bool) -> dict[str, Any]:
     """What the file says of itself. Raises KVFileError if it is damaged."""
     header = o.kv_header(path)
-    from thresher.cache.file import open_kv
+    from thresher.cache.file import index_of
 
     with progress_bar(f"checking {path}") as bar:
-        _, _, index = open_kv(path, verify=verify, progress=bar)
+        index = index_of(path, verify=verify, progress=bar)
     layout = header.layout
     return {
         "file": str(path),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from thresher.cli.terminal import check_json_target
 from thresher.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -35,6 +36,13 @@ def writable(path: Path | None) -> Path | None:
         raise StorageError(f"{path} is a folder; give a file name")
     if not path.parent.is_dir():
         raise StorageError(f"{path}: cannot be written: there is no folder {path.parent}")
+    return path
+
+
+def writable_json(path: Path | None) -> Path | None:
+    """The same, and what is no JSON of ours is not replaced."""
+    if path is not None and writable(path):
+        check_json_target(path)
     return path
 
 
@@ -63,7 +71,9 @@ Threads = Annotated[
 ]
 Json = Annotated[
     Path | None,
-    typer.Option("--json", help="Write the result as JSON to this file; - for standard output.", callback=writable),
+    typer.Option(
+        "--json", help="Write the result as JSON to this file; - for standard output.", callback=writable_json
+    ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something goes wrong.")]
 

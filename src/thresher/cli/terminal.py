@@ -14,6 +14,8 @@ from rich.text import Text
 
 from thresher.errors import StorageError, UsageError
 
+STDOUT = ("-", "/dev/stdout")
+
 stderr = Console(stderr=True, highlight=False)
 
 
@@ -49,20 +51,59 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def write_json(path: Path | None, value: Any) -> None:
-    """To a file (whole or not at all) or, for `-`, to stdout. ASCII, so that every path and encoding will do."""
-    text = json.dumps(value, indent=2) + "\n"
+    """To a file (whole or not at all), a pipe, a terminal or, for `-`, to stdout. ASCII, so that every path and
+    encoding will do. Raises StorageError."""
+    text = _as_json(value)
     if path is None:
         return
-    if str(path) == "-":
+    if str(path) in STDOUT:
         sys.stdout.write(text)
         return
+    check_json_target(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text)
+        if _is_stream(path):
+            path.write_text(text)
+            return
+        with temporary.open("x") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def check_json_target(path: Path) -> None:
+    """Raises StorageError unless a file may get this name: only JSON as `write_json` writes it is ever replaced."""
+    if str(path) in STDOUT or not os.path.lexists(path) or _is_stream(path):
+        return
+    if path.is_file() and not path.is_symlink():
+        try:
+            with path.open("rb") as file:
+                begin = file.read(1)
+                if not begin or (begin in b"[{" and _is_ours(begin + file.read())):
+                    return
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
+    raise StorageError(f"{path} exists and is not JSON that Thresher wrote; give another name or remove it")
+
+
+def _is_ours(data: bytes) -> bool:
+    try:
+        return _as_json(json.loads(data)).encode() == data
+    except (ValueError, RecursionError):
+        return False
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _is_stream(path: Path) -> bool:
+    """A pipe or terminal, which is written to and not replaced."""
+    return path.is_fifo() or path.is_char_device()
 
 
 def read_text(path: Path, most_bytes: int) -> str:

@@ -18,6 +18,7 @@ from thresher.cache.sequence import KVSequence
 from thresher.engine.runner import Runner
 from thresher.errors import KVFileDamagedError, UsageError
 
+_LONGEST_METHOD = 1000  # characters: a name that is not known is compared with all that are
 CHECKPOINT = 2048  # tokens of a document between two checkpoints of its file
 
 Progress = Callable[[int, int], None]
@@ -67,9 +68,10 @@ def read_into_file(
     method: AttentionMethod,
     resume: bool,
     progress: Progress,
+    say: Callable[[str], None],
 ) -> Context:
     """The same, kept as a KV file in checkpoints; one that was cut goes on where it was."""
-    with KVFileWriter(path, info, token_ids, resume) as writer:
+    with KVFileWriter(path, info, token_ids, resume, say) as writer:
         sequence = writer.load()
         progress(sequence.length, len(token_ids))
 
@@ -81,7 +83,7 @@ def read_into_file(
         prefill(sequence, token_ids, checkpoint)
         writer.write(sequence, len(token_ids))
         index = runner.prepare(sequence, method)
-        writer.finish(index.state() if index else None)
+        writer.finish(index.state() if index else None, sequence)
     return Context(sequence, info.framing, info.source)
 
 
@@ -98,7 +100,13 @@ def open_document(
 
 
 def save_document(
-    runner: Runner, context: Context, path: Path, identity: Identity, model: str, method: AttentionMethod
+    runner: Runner,
+    context: Context,
+    path: Path,
+    identity: Identity,
+    model: str,
+    method: AttentionMethod,
+    say: Callable[[str], None],
 ) -> None:
     """Keep a context and the method's index of it as a KV file. model: where it can be loaded from."""
     index = runner.prepare(context.sequence, method)
@@ -111,6 +119,7 @@ def save_document(
         source=context.source,
         model=model,
         arrays=index.state() if index else None,
+        say=say,
     )
 
 
@@ -122,13 +131,15 @@ def _restore(
     runner: Runner, path: Path, sequence: KVSequence, meta: dict[str, Any], arrays: dict[str, torch.Tensor]
 ) -> Index:
     try:
+        if len(meta["method"]) > _LONGEST_METHOD:
+            raise ValueError("the name of its method has no end")
         method = parse_method(meta["method"])
         if not isinstance(method, SparseMethod):
             raise ValueError(f"{method.name} has no index")
         shape = Shape(runner.model.heads, runner.model.dtype)
         return Index.restore(method, shape, runner.model.layers, sequence.length, meta, arrays)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, UsageError) as error:
-        raise KVFileDamagedError(f"{path} is damaged: its index makes no sense ({error})") from error
+        raise KVFileDamagedError(f"{path} is damaged: its index makes no sense ({error!s:.200})") from error
 
 
 def _remark(runner: Runner, path: Path, sequence: KVSequence, method: AttentionMethod) -> str:

@@ -193,7 +193,15 @@ class LLM:
             layout, weights, model = self.runner.layout, self.model.weights, self.source.reference
             info = KVFileInfo(self.identity, layout, len(token_ids), weights, framing, source, model)
             context = read_into_file(
-                self.runner, self._prefill, Path(path), info, token_ids, self.attention, resume, progress
+                self.runner,
+                self._prefill,
+                Path(path),
+                info,
+                token_ids,
+                self.attention,
+                resume,
+                progress,
+                self._progress,
             )
         self.memory.hold(context.sequence)
         return context
@@ -220,7 +228,8 @@ class LLM:
         """Keep a context, and the attention method's index of it, as a KV file. Raises StorageError or
         KVFileBusyError."""
         with self._preparing:
-            save_document(self.runner, context, Path(path), self.identity, self.source.reference, self.attention)
+            model = self.source.reference
+            save_document(self.runner, context, Path(path), self.identity, model, self.attention, self._progress)
 
     def ask(
         self,

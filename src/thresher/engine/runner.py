@@ -92,7 +92,7 @@ class Runner:
         if not isinstance(index, Index) or not index.serves(method):
             index = Index(method, self.index_shape, self.model.layers)
             sequence.index = index
-        index.use(method)
+        index.use(method, sequence.length)
         return index
 
     def prepare(self, sequence: KVSequence, method: AttentionMethod | None) -> Index | None:
@@ -143,6 +143,8 @@ class Runner:
             logits = self.model.forward(
                 torch.tensor(token_ids), torch.tensor(positions), plan, torch.tensor(logit_rows, dtype=torch.int64)
             )
+        for work in batch:
+            work.sequence.check()
         for work in batch:
             work.sequence.advance(work.token_ids)
         return logits

@@ -109,6 +109,12 @@ def pack_linear(
     )
 
 
+def packed_shape(out: int, inputs: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """The shape of `data` of a matrix `[out, inputs]`."""
+    pack = 1 if dtype == torch.float32 else 2
+    return -(-out // PANEL), inputs // pack, PANEL, pack
+
+
 def _pad_rows(t: torch.Tensor) -> torch.Tensor:
     missing = -t.shape[0] % PANEL
     return F.pad(t, (0, 0) * (t.dim() - 1) + (0, missing))
