@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-SOURCES := $(wildcard csrc/*) CMakeLists.txt pyproject.toml constraints.txt
+SOURCES := $(wildcard csrc/*.* csrc/*/*) CMakeLists.txt pyproject.toml constraints.txt
 
 .PHONY: help install test check demo sanitize clean
 help:  ## List what can be made

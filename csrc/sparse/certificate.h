@@ -1,6 +1,12 @@
-// How far an output may be from dense attention by what its sample shows, and dense attention where that is too far. Included
-// inside the namespace of one instruction set.
+// How far an output may be from dense attention by what its sample shows, and dense attention where that is too far.
 #pragma once
+#include "api/kernels.h"
+#include "dense/tile.h"
+#include "isa/memory.h"
+#include "isa/namespace.h"
+#include "isa/softmax.h"
+
+THRESHER_ISA_BEGIN
 
 // The estimated relative error of a merged row: sqrt(sum a |v - o|^2) / (sum of weights * |o|); infinite without a sample.
 inline float relative_error(const float* parts, const float* doubts, int64_t count, int64_t dim, float max, float sum, const float* acc) {
@@ -46,3 +52,5 @@ void attend_densely(const Attention& args, const Sequence& seq, int64_t head, Sc
   }
   write_row<E>((Value*)args.out + (seq.query_row * args.q_heads + head) * dim, s.acc, sum, dim);
 }
+
+THRESHER_ISA_END

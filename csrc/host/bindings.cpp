@@ -8,10 +8,10 @@
 #include <string>
 #include <tuple>
 
-#include "index.h"
-#include "layer.h"
-#include "plan.h"
-#include "pool.h"
+#include "host/index.h"
+#include "host/layer.h"
+#include "host/plan.h"
+#include "host/pool.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

@@ -1,6 +1,12 @@
-// RMS norm and rotary embedding, the small operations between the large ones. Included inside the namespace of one
-// instruction set.
+// RMS norm and rotary embedding, the small operations between the large ones.
 #pragma once
+#include "api/kernels.h"
+#include "host/pool.h"
+#include "isa/element.h"
+#include "isa/namespace.h"
+#include "isa/vector.h"
+
+THRESHER_ISA_BEGIN
 
 template <class E>
 inline void norm_row(const typename E::Value* x, typename E::Value* y, const float* weight, int64_t width, float eps) {
@@ -85,3 +91,5 @@ float read_memory(const float* data, int64_t count, int threads) {
   for (float x : sums) total += x;
   return total;
 }
+
+THRESHER_ISA_END

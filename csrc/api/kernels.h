@@ -284,17 +284,6 @@ struct Sample {
   int threads;
 };
 
-// Carves aligned arrays out of memory; with none, only counts bytes.
-struct Carver {
-  char* at;
-  int64_t bytes = 0;
-  template <class T>
-  void take(T*& part, int64_t size) {
-    part = (T*)(at ? at + bytes : nullptr);
-    bytes += (size + 63) / 64 * 64;
-  }
-};
-
 struct Kernels {
   const char* name;
   void (*linear)(const Linear&);

@@ -1,4 +1,4 @@
-#include "index.h"
+#include "host/index.h"
 
 #include <algorithm>
 

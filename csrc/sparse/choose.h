@@ -1,6 +1,15 @@
 // Steps `choose` and `list`: the best candidates of each query head are marked in its bitmap, and those of a group listed.
-// Included inside the namespace of one instruction set.
 #pragma once
+#include "api/kernels.h"
+#include "dense/tile.h"
+#include "isa/largest.h"
+#include "isa/namespace.h"
+#include "isa/random.h"
+#include "isa/softmax.h"
+#include "sparse/layout.h"
+#include "sparse/signs.h"
+
+THRESHER_ISA_BEGIN
 
 // The best clusters until they hold `budget` tokens, at least one.
 inline void choose_clusters(const Attention& args, const Sparse& sparse, int64_t kv_head, const int32_t* scores, uint8_t* wanted,
@@ -38,23 +47,6 @@ inline void choose_clusters(const Attention& args, const Sparse& sparse, int64_t
     }
   }
 }
-
-inline uint64_t mixed(uint64_t x) {  // splitmix64
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
-struct Random {  // a stream for each (seed, position, layer, head)
-  uint64_t state;
-  Random(uint64_t seed, int64_t position, int layer, int64_t head)
-      : state(mixed(mixed(seed + uint64_t(position)) + uint64_t(layer) * 0x10001u + uint64_t(head))) {}
-  double uniform() {  // [0, 1)
-    state += 0x9e3779b97f4a7c15u;
-    return double(mixed(state) >> 11) * 0x1p-53;
-  }
-};
 
 // `budget` independent draws in proportion to exp(score); each drawn token's score becomes
 // log2(its draws / budget * sum of exp(score)). The uniform numbers come sorted, so one sweep is enough.
@@ -161,13 +153,6 @@ inline void choose_item(const Attention& args, const SparseItem& item, Scratch& 
   }
 }
 
-inline int32_t* rows_of(const Sparse& sparse, int64_t kv_head) {
-  return sparse.rows + kv_head * rows_stride(sparse.end - sparse.begin);
-}
-inline uint32_t* members_of(const Sparse& sparse, int64_t kv_head) {
-  return sparse.members + kv_head * (sparse.end - sparse.begin);
-}
-
 // Writes the places of the bits of a word, `base` being that of the first, and up to 15 numbers more; returns where the next go.
 ALWAYS_INLINE int32_t* places_of(uint64_t bits, int32_t base, int32_t* to) {
 #if defined(__AVX512BW__)
@@ -205,3 +190,5 @@ inline void list_item(const Attention& args, const SparseItem& item) {
     for (int64_t h = 0; h < heads; ++h) members[i] |= uint32_t(chosen[h * n_words + c / 64] >> (c % 64) & 1) << h;
   }
 }
+
+THRESHER_ISA_END

@@ -1,5 +1,14 @@
-// Building an index: signs of projections, LSH codes and tables. Included inside the namespace of one instruction set.
+// Building an index: signs of projections, LSH codes and tables.
 #pragma once
+#include "api/kernels.h"
+#include "host/pool.h"
+#include "isa/element.h"
+#include "isa/namespace.h"
+#include "isa/product.h"
+#include "sparse/layout.h"
+#include "sparse/projection.h"
+
+THRESHER_ISA_BEGIN
 
 template <class E>
 void project_planes(const Project& args) {
@@ -73,3 +82,5 @@ void tables(const Tables& args) {
     }
   });
 }
+
+THRESHER_ISA_END

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "api/kernels.h"
 
 namespace thresher {
 

@@ -1,6 +1,6 @@
 #include <cstring>
 
-#include "kernels.h"
+#include "api/kernels.h"
 
 namespace thresher {
 #if defined(__x86_64__)

@@ -1,4 +1,4 @@
-#include "layer.h"
+#include "host/layer.h"
 
 namespace thresher {
 namespace {

@@ -1,5 +1,9 @@
-// The largest of many numbers. Included inside the namespace of one instruction set.
+// The largest of many numbers.
 #pragma once
+#include "isa/namespace.h"
+#include "isa/vector.h"
+
+THRESHER_ISA_BEGIN
 
 template <class T>
 struct Lanes;
@@ -115,3 +119,5 @@ inline void mark_top(int32_t* x, int64_t n, int64_t k, uint64_t* marks, int32_t*
     marks[w] = bits;
   }
 }
+
+THRESHER_ISA_END

@@ -1,8 +1,16 @@
-// One tile of query rows against one split of keys and values, and what partial softmaxes are folded by. Included inside the
-// namespace of one instruction set.
+// One tile of query rows against one split of keys and values.
 #pragma once
+#include "api/kernels.h"
+#include "dense/pack.h"
+#include "isa/element.h"
+#include "isa/memory.h"
+#include "isa/namespace.h"
+#include "isa/product.h"
+#include "isa/softmax.h"
+#include "isa/vector.h"
 
-constexpr float log2_e = 1.4426950408889634f;
+THRESHER_ISA_BEGIN
+
 constexpr int gather_ahead = 64;  // row addresses behind the last one, for prefetching
 
 struct Scratch {
@@ -23,10 +31,6 @@ struct Scratch {
   float* kept;           // [group, head_dim + 2]
   const char *key_rows[split + gather_ahead], *value_rows[split + gather_ahead];
 };
-
-inline int64_t padded_ranks(int64_t n) { return (n + 63) / 64 * 64; }
-
-inline float infinity() { return __builtin_inff(); }
 
 // The keys of [begin, end) that query position q may see, as offsets from begin: [low, high) and the sinks [sink_low, sink_high).
 struct Visible {
@@ -144,23 +148,4 @@ void attend_tile(const Attention& args, Scratch& s, int rows, const typename E::
   }
 }
 
-// (max, sum, acc) of one row takes in the partial of the next split. A split that shows nothing changes nothing; one whose scores are
-// not numbers has no greatest either, but its sum is not 0, and then nothing is a number.
-inline void fold(float& max, float& sum, float* acc, float m, float l, const float* part, int64_t head_dim) {
-  if (l == 0) return;
-  const float top = max > m ? max : m;
-  const float keep = max == -infinity() ? 0.0f : exp2_nonpositive(max - top), add = exp2_nonpositive(m - top);
-  max = top;
-  sum = sum * keep + l * add;
-  int64_t d = 0;
-  for (; d + W <= head_dim; d += W) store(acc + d, load<vf>(acc + d) * keep + load<vf>(part + d) * add);
-  for (; d < head_dim; ++d) acc[d] = acc[d] * keep + part[d] * add;
-}
-
-template <class E>
-void write_row(typename E::Value* out, const float* acc, float sum, int64_t head_dim) {
-  const float inverse = 1 / sum;  // nothing at all to divide is no number, as in any softmax
-  int64_t d = 0;
-  for (; d + W <= head_dim; d += W) E::put_vector(out + d, load<vf>(acc + d) * inverse);
-  for (; d < head_dim; ++d) E::put(out + d, acc[d] * inverse);
-}
+THRESHER_ISA_END

@@ -1,9 +1,17 @@
-// From logits to tokens: edits of single logits, temperature, top-k, top-p, min-p, one draw. Included inside the
-// namespace of one instruction set.
+// From logits to tokens: edits of single logits, temperature, top-k, top-p, min-p, one draw.
 //
 // Nothing is sorted. The largest of every 64 logits, found with the largest of all, gives bounds below which nothing
 // can be kept; what passes is copied together, and thresholds on it are found by bisection.
 #pragma once
+#include "api/carver.h"
+#include "api/kernels.h"
+#include "host/pool.h"
+#include "isa/largest.h"
+#include "isa/namespace.h"
+#include "isa/softmax.h"
+#include "isa/vector.h"
+
+THRESHER_ISA_BEGIN
 
 constexpr int64_t sample_chunk = 64;
 
@@ -263,3 +271,5 @@ void sample(const Sample& args) {
     for (int64_t row = begin; row < end; ++row) args.tokens[row] = sample_row(args, row, scratch);
   });
 }
+
+THRESHER_ISA_END

@@ -1,8 +1,12 @@
-// Rows of keys and values become packed right-hand sides of a product. Included inside the namespace of one instruction
-// set.
+// Rows of keys and values become packed right-hand sides of a product.
 #pragma once
+#include "api/kernels.h"
+#include "isa/element.h"
+#include "isa/memory.h"
+#include "isa/namespace.h"
+#include "isa/vector.h"
 
-inline int64_t padded(int64_t n) { return (n + panel - 1) / panel * panel; }
+THRESHER_ISA_BEGIN
 
 #if defined(__AVX512F__)
 // 16 rows of 16 packs, transposed: the columns become rows of 32 packs' stride.
@@ -33,17 +37,6 @@ ALWAYS_INLINE void transpose16(const char* const* rows, int64_t byte_offset, uin
   }
 }
 #endif
-
-// Packing is where memory is waited for, and its order of reads is not one that processors foresee: ask for what lies
-// some rows further on. Rows mostly follow each other; past the end of a run this asks in vain and does no harm.
-constexpr int64_t prefetch_distance = 8192;
-inline void prefetch(const char* from, int64_t bytes) {
-  const char* end = from + bytes;
-  for (; from < end; from += 128) {
-    __builtin_prefetch(from);
-    __builtin_prefetch(from + 64);
-  }
-}
 
 // Keys become the right-hand side of S = Q K^T: panels of 32 keys, step by step. Missing rows are zero. Gathered rows
 // are asked for one by one; behind the last one there are `gather_ahead` more addresses.
@@ -129,3 +122,5 @@ ALWAYS_INLINE void pack_values(BF16, const char* const* rows, const char* const*
     }
   }
 }
+
+THRESHER_ISA_END

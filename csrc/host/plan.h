@@ -7,8 +7,8 @@
 #include <stdexcept>
 #include <vector>
 
-#include "index.h"
-#include "kernels.h"
+#include "host/index.h"
+#include "api/kernels.h"
 
 namespace thresher {
 

@@ -1,6 +1,15 @@
 // Weight-only linear on panels packed once at load. At one row it streams the weights; at many rows the same packed copy
-// is the right-hand side of a register-blocked product. Included inside the namespace of one instruction set.
+// is the right-hand side of a register-blocked product.
 #pragma once
+#include "api/kernels.h"
+#include "host/pool.h"
+#include "isa/element.h"
+#include "isa/namespace.h"
+#include "isa/product.h"
+#include "isa/softmax.h"
+#include "isa/vector.h"
+
+THRESHER_ISA_BEGIN
 
 // act(x) = x sigmoid(u), with the exponential of a number that is never positive.
 inline vf activate(Activation kind, vf x) {
@@ -92,3 +101,5 @@ void linear(const Linear& args) {
   else
     linear_threads<Int8>(args);
 }
+
+THRESHER_ISA_END

@@ -2,8 +2,8 @@
 #pragma once
 #include <cstdint>
 
-#include "kernels.h"
-#include "plan.h"
+#include "api/kernels.h"
+#include "host/plan.h"
 
 namespace thresher {
 

@@ -1,7 +1,15 @@
 // Attention over the rows that a sparse sequence has chosen: gathered from wherever they lie, each read once for all query
 // heads of its group, corrected for how likely it was to be chosen, and what was not read answered by centroids.
-// Included inside the namespace of one instruction set.
 #pragma once
+#include "api/kernels.h"
+#include "dense/tile.h"
+#include "isa/memory.h"
+#include "isa/namespace.h"
+#include "isa/random.h"
+#include "isa/softmax.h"
+#include "sparse/layout.h"
+
+THRESHER_ISA_BEGIN
 
 inline float total_of(vf x) {
 #if defined(__AVX512F__)
@@ -361,3 +369,5 @@ void gather_item(const Attention& args, const SparseItem& item, Scratch& s) {
   __atomic_fetch_add(&counters.rows, gather.rows, __ATOMIC_RELAXED);
   __atomic_fetch_add(&counters.head_rows, gather.head_rows, __ATOMIC_RELAXED);
 }
+
+THRESHER_ISA_END

@@ -1,8 +1,10 @@
-#include "plan.h"
+#include "host/plan.h"
 
 #include <algorithm>
 #include <cstring>
 #include <string>
+
+#include "api/carver.h"
 
 namespace thresher {
 namespace {

@@ -1,6 +1,41 @@
-// Steps `sample` and `scan`: candidates are scored for the query heads of their KV head, signs after a sample of them has told
-// what scores matter. Included inside the namespace of one instruction set.
+// Scores of keys of which the signs of some directions are known.
 #pragma once
+#include "api/kernels.h"
+#include "isa/largest.h"
+#include "isa/memory.h"
+#include "isa/namespace.h"
+#include "sparse/layout.h"
+
+THRESHER_ISA_BEGIN
+
+constexpr int nibble_zero = 128;  // stands for a sum of 0
+
+// A query rotated and rounded: for every four directions, the sums of their products with 16 patterns of signs, as bytes.
+// A piece is 32 directions: the patterns of the low halves of its four bytes, then those of the high halves.
+struct SignQuery {
+  uint8_t sums[most_signs / 32][2][4][16];
+  int16_t bound;  // keys that are among the best score as much, most likely
+};
+
+static_assert(sizeof(SignQuery) <= sign_query_bytes);
+
+inline void round_query(const float* x, int bits, SignQuery& out) {
+  float top = 0;
+  for (int j = 0; j < bits; j += 4) {
+    float a = 0;
+    for (int t = 0; t < 4; ++t) a += x[j + t] < 0 ? -x[j + t] : x[j + t];
+    top = a > top ? a : top;
+  }
+  const float scale = top > 0 ? 127 / top : 0;
+  for (int j = 0; j < bits / 4; ++j)
+    for (int set = 0; set < 16; ++set) {
+      float a = 0;
+      for (int t = 0; t < 4; ++t) a += set >> t & 1 ? x[4 * j + t] : -x[4 * j + t];
+      a *= scale;
+      a = a > -127 ? (a < 127 ? a : 127) : -127;  // also what is not a number
+      out.sums[j / 8][j % 2][j % 8 / 2][set] = uint8_t(nibble_zero + int(a + (a < 0 ? -0.5f : 0.5f)));
+    }
+}
 
 inline int sign_shift(int bits) {  // so that the largest score fits into 16 bits
   int shift = 0;
@@ -167,24 +202,6 @@ void scan_piece(const Attention& args, const Sparse& sparse, int64_t first_head,
   }
 }
 
-template <int N>
-struct Constant {
-  static constexpr int value = N;
-};
-// Calls f(Constant<R>, first query head) for all query heads of a KV head, at most four at a time.
-template <class F>
-void for_query_heads(const Attention& args, int64_t kv_head, F f) {
-  const int64_t group = args.q_heads / args.kv_heads;
-  for (int64_t g = 0; g < group; g += 4) {
-    const int64_t first = kv_head * group + g;
-    switch (group - g) {
-      case 1: f(Constant<1>(), first); break;
-      case 2: f(Constant<2>(), first); break;
-      case 3: f(Constant<3>(), first); break;
-      default: f(Constant<4>(), first);
-    }
-  }
-}
 
 // The bounds of R query heads: a sample of scores tells what leaves few to look at closely.
 template <int R>
@@ -210,73 +227,4 @@ void bound_scores(const Attention& args, const Sparse& sparse, int64_t first_hea
     sign_query(sparse, first_head + r)->bound = threshold(buffer + r * room, sampled, rank);
 }
 
-inline void sample_item(const Attention& args, const SparseItem& item, Scratch& s) {
-  const Sparse& sparse = *args.sequences[item.sequence].sparse;
-  for_query_heads(args, item.head, [&](auto count, int64_t first) {
-    bound_scores<count.value>(args, sparse, first, (int16_t*)s.values_left);
-  });
-}
-
-// The run that holds position x; `run` is where the last search ended, positions mostly grow.
-inline const Run* run_of(const Sequence& seq, const Run* run, int64_t x) {
-  if (x < run->start) run = seq.runs;
-  while (run->end <= x) ++run;
-  return run;
-}
-
-// Scores of ranked rows: dot products of the queries of a group with keys, page bounds, block or cluster means.
-template <class E>
-void scan_rows_item(const Attention& args, const SparseItem& item, Scratch& s) {
-  typedef typename E::Value Value;
-  const Sequence& seq = args.sequences[item.sequence];
-  const Sparse& sparse = *seq.sparse;
-  const Method& m = *sparse.method;
-  const int64_t dim = m.row_dim, row_bytes = dim * int64_t(sizeof(Value)), steps = dim / E::pack;
-  const int64_t group = args.q_heads / args.kv_heads, ranks = padded_ranks(sparse.ranked);
-  int64_t first = 0;  // of this block among all ranked rows
-  for (int i = 0; m.rank != Rank::keys && i < item.part; ++i) first += sparse.blocks[i].units;
-  Value* queries = (Value*)s.queries;
-  for (int64_t g = 0; g < group; ++g)
-    __builtin_memcpy(queries + g * dim, sparse.queries + (item.head * group + g) * sparse.query_bytes, size_t(row_bytes));
-  const Run* run = seq.runs;
-  for (int64_t at = item.begin; at < item.end; at += split) {
-    const int n = int(item.end - at < split ? item.end - at : split);
-    if (m.rank == Rank::keys) {
-      for (int j = 0; j < n; ++j) {
-        const int64_t x = sparse.begin + at + j;
-        run = run_of(seq, run, x);
-        const int64_t plane = int64_t(args.layer) * 2 * args.kv_heads + item.head;
-        s.key_rows[j] = run->base + (plane * run->capacity + x - run->start) * row_bytes;
-      }
-    } else {
-      const Block& b = sparse.blocks[item.part];
-      const char* rows = (const char*)b.rows + (plane_of(args, sparse, item.head) * b.units + at) * row_bytes;
-      for (int j = 0; j < n; ++j) s.key_rows[j] = rows + j * row_bytes;
-    }
-    pack_keys(s.key_rows, n, steps, s.keys);
-    for (int64_t g = 0; g < group; g += tile_rows) {
-      const int rows = int(group - g < tile_rows ? group - g : tile_rows);
-      tiles<E>(rows, queries + g * dim, dim, (const Value*)s.keys, steps * panel * E::pack, int(padded(n)) / panel, steps,
-               s.scores, split);
-      for (int r = 0; r < rows; ++r) {
-        const int64_t chooser = m.shared ? item.head : item.head * group + g + r;
-        int32_t* to = (int32_t*)sparse.scores + chooser * ranks + first + at;
-        const float* x = s.scores + r * split;
-        if (m.shared && g + r > 0)
-          for (int j = 0; j < n; ++j) to[j] = sortable(unsortable(to[j]) + x[j]);
-        else
-          for (int j = 0; j < n; ++j) to[j] = sortable(x[j]);
-      }
-    }
-  }
-}
-
-template <class E>
-void scan_item(const Attention& args, const SparseItem& item, Scratch& s) {
-  const Sparse& sparse = *args.sequences[item.sequence].sparse;
-  if (sparse.method->rank == Rank::signs)
-    for_query_heads(args, item.head,
-                    [&](auto count, int64_t first) { scan_piece<count.value>(args, sparse, first, item.begin); });
-  else
-    scan_rows_item<E>(args, item, s);
-}
+THRESHER_ISA_END
