@@ -5,7 +5,7 @@
 namespace thresher {
 namespace {  // built with the flags of whoever includes it
 
-// Carves aligned arrays out of memory; with none, only counts bytes.
+// Aligned arrays, one behind the other; without memory it only counts their bytes.
 struct Carver {
   char* at;
   int64_t bytes = 0;
@@ -15,6 +15,14 @@ struct Carver {
     bytes += (size + 63) / 64 * 64;
   }
 };
+
+// What an owner of working memory takes: its constructor ends in a Carver.
+template <class Scratch, class... Given>
+int64_t bytes_of(const Given&... given) {
+  Carver counted{nullptr};
+  Scratch(given..., counted);
+  return counted.bytes;
+}
 
 }  // namespace
 }  // namespace thresher

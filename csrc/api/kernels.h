@@ -6,6 +6,8 @@
 namespace thresher {
 
 enum class Type : int32_t { bf16 = 0, f32 = 1, int8 = 2 };
+static constexpr int64_t value_bytes(Type type) { return type == Type::f32 ? 4 : 2; }  // of activations, keys and values
+
 enum class Activation : int32_t { none = 0, silu = 1, gelu_tanh = 2 };
 
 constexpr int panel = 32;   // outputs (or keys, or head dimensions) that one packed panel holds
@@ -60,21 +62,26 @@ enum class Take : int32_t {  // what is read of what is ranked
   verify = 2,  // the best `budget`, and of the rest a uniform sample as large as the error asks for
 };
 
+enum class Grouping : int32_t {  // what the query heads of a KV head choose and weigh of what is read for all of them
+  united = 0,  // each chooses, and weighs what any of them has chosen
+  own = 1,     // each chooses, and weighs only that
+  shared = 2,  // they choose together, by the sum of their scores
+};
+
 struct Method {
   Rank rank;
   Take take;
   int32_t unit;           // tokens of a ranked row
   int32_t row_dim;        // numbers of a ranked row: head_dim, or 2 head_dim (the least and the greatest of each)
-  bool shared;            // the query heads of a group choose together
+  Grouping grouping;
   bool tail;              // what is not read is answered by its clusters
-  bool own;               // a query head weighs only what it chose itself, not all that its group reads
   int32_t planes;         // signs: bits; tables: K * L
   const void* directions; // what queries are projected on: [planes, head_dim], packed like a linear layer
   int64_t directions_stride;  // bytes to those of the next (indexed layer, KV head); 0: the same for all
   int32_t bits, tables;   // K, L
   const float* log_u;     // tables: log2 of the inclusion probability at log_u_count cosines from -1 to 1
   int32_t log_u_count;
-  float certify;          // tables, verify: an estimated relative error above this is answered by dense attention; 0: never
+  float certify;          // tables: an estimated relative error above this is answered by dense attention; 0: never
   double confidence;      // verify: (normal quantile / tolerance)^2
   float pilot;            // verify: the part of the rest that the first sample takes
   uint64_t seed;
@@ -86,7 +93,7 @@ struct Block {
   int64_t units;             // ranked rows
   const uint32_t* signs;     // [n / 16, bits / 32, 16]
   const uint8_t* factors;    // [n]: what a sum of signs is multiplied by
-  const void* rows;          // [units, row_dim]
+  const void* ranked_rows;   // [units, row_dim]
   const uint16_t* codes;     // [tables, n]: small blocks
   const uint32_t* heads;     // [tables, 2^K + 1]: where buckets begin in ids
   const uint16_t* ids;       // [tables, n]
@@ -98,29 +105,44 @@ struct Block {
   const uint16_t* assigned;  // [n]: cluster of each token
 };
 
-struct Counters {  // of one sequence, since they were last cleared; a reading is one KV head of one layer in one step
-  int64_t readings, rows, head_rows, entries, checked, escalated;
+struct Counters {  // of one sequence, since they were last cleared
+  int64_t readings;   // one for each KV head of each layer in each step
+  int64_t rows;       // that were read for them
+  int64_t head_rows;  // and weighed by their query heads
+  int64_t entries;    // of buckets that were looked at
+  int64_t estimates;  // of errors, by a sample
+  int64_t fallbacks;  // where an estimate was too large, so that all rows were read
+};
+
+constexpr int scan_tokens = 4096;  // signs that are scanned in one step
+
+// The scores of signs that reach a query head's bound, in one piece of scan_tokens: score << 16 | place in the piece. They are
+// written 16 at once.
+struct Found {
+  int32_t count;
+  int32_t unused[15];
+  int32_t entries[scan_tokens + 16];
 };
 
 struct Sparse {  // one sequence in one pass
   const Method* method;
   const Block* blocks;
   int32_t block_count;
-  const int32_t* slots;   // of each layer: which of the indexed ones it is; -1: dense
+  const int32_t* indexed_layer;  // of each layer: which of the indexed ones it is; -1: dense
   const float* mean;      // [indexed layers, kv_heads, head_dim]: what centred keys were centred by
   int64_t begin, end;     // candidates, absolute positions
   int64_t ranked;         // ranked rows of all blocks
   int64_t budget;         // tokens (draws) of a query head
-  // Working memory, for each query head: scores [ranked], what of them may be among the best (signs), bits [candidates / 64], a
-  // query for ranking.
-  char* scores;
-  int32_t* found;    // [pieces of scan_tokens, found_stride]
-  uint64_t* chosen;
-  int32_t* rows;     // [kv_heads, rows_stride(candidates)]: how many candidates are read, and which
-  uint32_t* members; // [kv_heads, candidates]: bit g: query head g of the group has chosen it
-  char* queries;     // [q_heads, query_bytes]
+  // Working memory.
+  int32_t* scores;        // [q_heads, ranked, padded to 64]: floats as integers of the same order; not of signs
+  Found* found;           // [q_heads, pieces of scan_tokens]: signs
+  uint64_t* chosen;       // [q_heads, candidates / 64]: bits
+  int32_t* listed_count;  // [kv_heads]: candidates that are read ...
+  int32_t* listed;        // [kv_heads, listed_stride(candidates)]: ... and which
+  uint32_t* members;      // [kv_heads, candidates]: bit g: query head g of the group has chosen it
+  char* queries;          // [q_heads, query_bytes]: what each ranks by
   int64_t query_bytes;
-  int32_t* done;     // [kv_heads, step_kinds]: steps of each kind that are finished in this layer
+  int32_t* done;          // [kv_heads, step_kinds]: steps of each kind that are finished in this layer
   Counters* counters;
 };
 
@@ -129,25 +151,25 @@ constexpr int most_directions = 4096;          // that a query is projected on
 constexpr int64_t sign_query_bytes = 4096;     // room for a query that is rounded for the scan of signs
 constexpr int64_t most_table_tokens = 65536;   // ids of keys in a table have 16 bits ...
 constexpr int64_t most_clusters = 65536;       // ... and so have numbers of clusters
-constexpr int scan_tokens = 4096;               // signs that are scanned in one step
-constexpr int found_stride = scan_tokens + 32;  // their number, 15 unused, the entries, and room to write 16 at once
 constexpr int most_group = 32;                 // query heads of a KV head
-constexpr int gather_parts = 4;                // pieces that a KV head's gathered rows are dealt out to
+constexpr int gather_parts = 4;                // pieces that the rows read for a KV head are dealt out to
 
-constexpr int64_t rows_stride(int64_t candidates) { return candidates + 17; }  // the number, and room to write 16 at once
+static constexpr int64_t listed_stride(int64_t candidates) { return candidates + 16; }  // they are written 16 at once
 
-enum class Step : int32_t { prepare = 0, sample = 1, scan = 2, choose = 3, list = 4, gather = 5 };
+enum class Step : int32_t { query = 0, sample = 1, scan = 2, choose = 3, list = 4, gather = 5 };
 constexpr int step_kinds = 6;
 
 // One step of one sparse sequence. Steps are handed out in order, so those that a step waits for are never behind it.
 struct SparseItem {
-  Step step;
-  int32_t sequence, head;  // head: of queries (choosers) or, for scan and gather, of keys and values
-  int32_t kv_head;
-  Step after;              // waits until `count` steps of this kind are done for its KV head
-  int32_t count;
-  int32_t part;            // scan: block; gather: piece, gather_parts: the tail
-  int64_t begin, end;      // scan: ranked rows of the block; of signs: candidates
+  Step step = Step::query;
+  int32_t sequence = 0;
+  int32_t kv_head = 0;
+  int32_t chooser = 0;          // query, choose: a query head, or a KV head whose query heads choose together
+  Step after = Step::query;     // waits until `count` steps of this kind are done for its KV head
+  int32_t count = 0;
+  int32_t block = 0;            // scan: of ranked rows
+  int64_t begin = 0, end = 0;   // scan: ranked rows of the block; of signs and keys: candidates
+  int32_t part = 0;             // gather: which of the pieces of the listed rows, or gather_parts for the tail
 };
 
 struct Sequence {
@@ -200,13 +222,13 @@ struct Attention {
   const SparseItem* sparse_items;
   int64_t sparse_count;
   float* partials;     // one slot: max, sum, acc[head_dim]
-  float* doubts;       // one slot: sums of a, a |v|^2, a v with a = weight^2 (1 - inclusion probability); or null
-  char* escalated;     // [sequences, q_heads]: which of them are to be answered by dense attention
+  float* variances;    // one slot: sums of a, a |v|^2, a v with a = weight^2 (1 - inclusion probability); or null
+  char* fallback;      // [sequences, q_heads]: which of them are to be answered by dense attention
   char* scratch;       // threads * scratch_bytes(args), 64-byte aligned
   int threads;
 };
 
-struct Rows {
+struct RmsNorm {
   Type type;
   const void* x;
   void* y;
@@ -289,7 +311,7 @@ struct Kernels {
   void (*linear)(const Linear&);
   void (*attend)(const Attention&);
   int64_t (*scratch_bytes)(const Attention&);  // of one thread
-  void (*rms_norm)(const Rows&);
+  void (*rms_norm)(const RmsNorm&);
   void (*rope)(const Rope&);
   float (*read)(const float*, int64_t count, int threads);  // sums: a measured read of memory
   void (*project)(const Project&);

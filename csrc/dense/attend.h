@@ -1,5 +1,6 @@
 // Dense attention of one item: rows of several sequences against the splits that they see.
 #pragma once
+#include "api/carver.h"
 #include "api/kernels.h"
 #include "dense/tile.h"
 #include "isa/memory.h"
@@ -17,12 +18,30 @@ inline int64_t item_rows(const Attention& args, const Item& item) {
   return rows * (args.q_heads / args.kv_heads);
 }
 
+// Working memory of an item of so many rows.
+struct AttendScratch {
+  TileScratch tile;
+  void* queries;     // [rows, head_dim]
+  float *max, *sum;  // [rows], if partial softmaxes are folded here
+  float* acc;        // [rows, head_dim]
+
+  AttendScratch(const Attention& args, int64_t rows, Carver& c) : tile(args, c) {
+    c.take(queries, rows * args.head_dim * value_bytes(args.type));
+    c.take(max, rows * 4);
+    c.take(sum, rows * 4);
+    c.take(acc, rows * args.head_dim * 4);
+  }
+};
+
 template <class E, int D>
-void attend_item(const Attention& args, const Item& item, Scratch& s) {
+void attend_item(const Attention& args, const Item& item, char* memory) {
   typedef typename E::Value Value;
   const int64_t dim = D ? D : args.head_dim, wide = padded(dim), group = args.q_heads / args.kv_heads;
   const int64_t row_bytes = dim * int64_t(sizeof(Value));
   const int64_t rows = item_rows(args, item);
+  Carver carver{memory};
+  AttendScratch s(args, rows, carver);
+  TileScratch& tile = s.tile;
   Value* queries = (Value*)s.queries;
   int64_t row = 0;
   for (int i = 0; i < item.span_count; ++i) {
@@ -65,13 +84,11 @@ void attend_item(const Attention& args, const Item& item, Scratch& s) {
     for (int i = 0; i < longest->run_count && filled < keys; ++i) {
       const Run& run = longest->runs[i];
       if (run.end <= begin + filled) continue;
-      const int64_t plane = run.capacity * row_bytes;
-      const char* key = run.base + (int64_t(args.layer) * 2 * args.kv_heads + item.kv_head) * plane;
-      key += (begin + filled - run.start) * row_bytes;
+      const RowAddress first = row_address(args, run, item.kv_head, begin + filled, row_bytes);
       const int n = int(run.end - begin < keys ? run.end - begin : keys) - filled;
       for (int j = 0; j < n; ++j) {
-        s.key_rows[filled + j] = key + j * row_bytes;
-        s.value_rows[filled + j] = key + args.kv_heads * plane + j * row_bytes;
+        tile.key_rows[filled + j] = first.key + j * row_bytes;
+        tile.value_rows[filled + j] = first.value + j * row_bytes;
       }
       filled += n;
     }
@@ -97,17 +114,17 @@ void attend_item(const Attention& args, const Item& item, Scratch& s) {
         slot[r] = slots.begin + (t * args.q_heads + head) * slots.count + part - (part < slots.sink_splits ? 0 : slots.gap);
         ++in_span;
       }
-      attend_tile<E, D>(args, s, count, queries + done * dim, see, keys, done == 0, rows <= tile_rows, top, total_weight, s.partial,
+      attend_tile<E, D>(args, tile, count, queries + done * dim, see, keys, done == 0, rows <= tile_rows, top, total_weight,
                         [](float*) {});
       for (int r = 0; r < count; ++r) {
         if (item.fold) {
           fold(s.max[done + r], s.sum[done + r], s.acc + (done + r) * dim, top[r], total_weight[r],
-               s.partial + r * wide, dim);
+               tile.acc + r * wide, dim);
         } else {
           float* to = args.partials + slot[r] * (dim + 2);
           to[0] = top[r];
           to[1] = total_weight[r];
-          __builtin_memcpy(to + 2, s.partial + r * wide, dim * sizeof(float));
+          __builtin_memcpy(to + 2, tile.acc + r * wide, dim * sizeof(float));
         }
       }
       done += count;
@@ -127,13 +144,13 @@ template <class E>
 void append_token(const Attention& args, const Sequence& seq, int64_t t) {
   typedef typename E::Value Value;
   const Run& tail = seq.runs[seq.run_count - 1];
-  const int64_t row_bytes = args.head_dim * int64_t(sizeof(Value)), plane = tail.capacity * row_bytes;
-  char* to = tail.base + int64_t(args.layer) * 2 * args.kv_heads * plane + (seq.past + t - tail.start) * row_bytes;
+  const int64_t row_bytes = args.head_dim * int64_t(sizeof(Value));
   const Value* k = (const Value*)args.k + (seq.query_row + t) * args.k_token;
   const Value* v = (const Value*)args.v + (seq.query_row + t) * args.v_token;
   for (int64_t h = 0; h < args.kv_heads; ++h) {
-    __builtin_memcpy(to + h * plane, k + h * args.k_head, row_bytes);
-    __builtin_memcpy(to + (args.kv_heads + h) * plane, v + h * args.v_head, row_bytes);
+    const RowAddress to = row_address(args, tail, h, seq.past + t, row_bytes);
+    __builtin_memcpy(to.key, k + h * args.k_head, row_bytes);
+    __builtin_memcpy(to.value, v + h * args.v_head, row_bytes);
   }
 }
 

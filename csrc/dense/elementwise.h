@@ -24,7 +24,7 @@ inline void norm_row(const typename E::Value* x, typename E::Value* y, const flo
 }
 
 template <class E>
-void norm_rows(const Rows& args) {
+void norm_rows(const RmsNorm& args) {
   typedef typename E::Value Value;
   parallel_for(args.rows, 16, args.threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; ++r)
@@ -32,7 +32,7 @@ void norm_rows(const Rows& args) {
   });
 }
 
-void rms_norm(const Rows& args) {
+void rms_norm(const RmsNorm& args) {
   if (args.type == Type::f32)
     norm_rows<F32>(args);
   else

@@ -11,7 +11,7 @@
 
 THRESHER_ISA_BEGIN
 
-// act(x) = x sigmoid(u), with the exponential of a number that is never positive.
+// act(x) = x sigmoid(u). Of u and -u the exponential of the negative one is taken, which cannot overflow.
 inline vf activate(Activation kind, vf x) {
   const float log2e = 1.4426950408889634f;
   vf u = kind == Activation::silu ? x : 2 * 0.7978845608028654f * (x + 0.044715f * x * x * x);

@@ -38,6 +38,8 @@ ALWAYS_INLINE void transpose16(const char* const* rows, int64_t byte_offset, uin
 }
 #endif
 
+constexpr int gather_ahead = 64;  // row addresses behind the last one, for prefetching
+
 // Keys become the right-hand side of S = Q K^T: panels of 32 keys, step by step. Missing rows are zero. Gathered rows
 // are asked for one by one; behind the last one there are `gather_ahead` more addresses.
 template <bool Gathered = false>

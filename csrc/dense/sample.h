@@ -21,23 +21,19 @@ inline int64_t sample_padded(int64_t vocab) { return (vocab + sample_chunk - 1) 
 struct SampleScratch {
   float *edited, *weights, *chunk_max, *chunk_sum;
   int32_t *keys, *ids;
+
+  SampleScratch(int64_t vocab, Carver& c) {
+    const int64_t padded = sample_padded(vocab), chunks = sample_padded(padded / sample_chunk);
+    c.take(edited, padded * int64_t(sizeof(float)));
+    c.take(weights, padded * int64_t(sizeof(float)));
+    c.take(chunk_max, chunks * int64_t(sizeof(float)));
+    c.take(chunk_sum, chunks * int64_t(sizeof(float)));
+    c.take(keys, padded * int64_t(sizeof(int32_t)));
+    c.take(ids, padded * int64_t(sizeof(int32_t)));
+  }
 };
 
-inline int64_t carve_sample(Carver carver, int64_t vocab, SampleScratch& s) {
-  const int64_t padded = sample_padded(vocab), chunks = sample_padded(padded / sample_chunk);
-  carver.take(s.edited, padded * int64_t(sizeof(float)));
-  carver.take(s.weights, padded * int64_t(sizeof(float)));
-  carver.take(s.chunk_max, chunks * int64_t(sizeof(float)));
-  carver.take(s.chunk_sum, chunks * int64_t(sizeof(float)));
-  carver.take(s.keys, padded * int64_t(sizeof(int32_t)));
-  carver.take(s.ids, padded * int64_t(sizeof(int32_t)));
-  return carver.bytes;
-}
-
-int64_t sample_scratch_bytes(int64_t vocab) {
-  SampleScratch unused;
-  return carve_sample(Carver{nullptr}, vocab, unused);
-}
+int64_t sample_scratch_bytes(int64_t vocab) { return bytes_of<SampleScratch>(vocab); }
 
 // Chunk c of x as W-wide vectors for `each(vector)`, padded with -inf.
 template <class F>
@@ -266,8 +262,8 @@ inline int32_t sample_row(const Sample& a, int64_t row, SampleScratch& s) {
 void sample(const Sample& args) {
   const int64_t bytes = sample_scratch_bytes(args.vocab);
   parallel_for(args.rows, 1, args.threads, [&](int64_t begin, int64_t end, int thread) {
-    SampleScratch scratch;
-    carve_sample(Carver{args.scratch + thread * bytes}, args.vocab, scratch);
+    Carver carver{args.scratch + thread * bytes};
+    SampleScratch scratch(args.vocab, carver);
     for (int64_t row = begin; row < end; ++row) args.tokens[row] = sample_row(args, row, scratch);
   });
 }

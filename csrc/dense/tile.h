@@ -1,5 +1,6 @@
 // One tile of query rows against one split of keys and values.
 #pragma once
+#include "api/carver.h"
 #include "api/kernels.h"
 #include "dense/pack.h"
 #include "isa/element.h"
@@ -11,25 +12,23 @@
 
 THRESHER_ISA_BEGIN
 
-constexpr int gather_ahead = 64;  // row addresses behind the last one, for prefetching
-
-struct Scratch {
-  uint32_t* keys;   // packed [split / 32][steps][32] packs
-  void* values;     // packed [ceil(head_dim / 32)][split / pack][32] packs
-  void* queries;    // [rows, head_dim] of one item
-  float* scores;    // [tile_rows, split]
-  void* weights;    // [tile_rows, split]
-  float* acc;       // fold: [rows, head_dim]
-  float *max, *sum; // fold: [rows]
-  float* partial;   // [tile_rows, padded head_dim]
-  uint8_t* hits;         // [candidates of a block]: tables
-  void* values_left;     // [ranked] of 64 bits: what may be among the best
-  uint64_t* unit_marks;  // [ranked / 64]
-  int32_t* left;         // [clusters]: rows that are not read
-  float* slack;          // [tile_rows, split]: 1 - inclusion probability
-  float* doubts;         // [group, head_dim + 2]
-  float* kept;           // [group, head_dim + 2]
+// Working memory of attend_tile, and the addresses of the rows it reads.
+struct TileScratch {
+  uint32_t* keys;  // packed [split / 32][steps][32] packs
+  void* values;    // packed [ceil(head_dim / 32)][split / pack][32] packs
+  float* scores;   // [tile_rows, split]
+  void* weights;   // [tile_rows, split]
+  float* acc;      // [tile_rows, padded head_dim]
   const char *key_rows[split + gather_ahead], *value_rows[split + gather_ahead];
+
+  TileScratch(const Attention& args, Carver& c) {
+    const int64_t wide = padded(args.head_dim), value = value_bytes(args.type);
+    c.take(keys, split * args.head_dim * value);
+    c.take(values, split * wide * value);
+    c.take(scores, tile_rows * split * 4);
+    c.take(weights, tile_rows * split * 4);
+    c.take(acc, tile_rows * wide * 4);
+  }
 };
 
 // The keys of [begin, end) that query position q may see, as offsets from begin: [low, high) and the sinks [sink_low, sink_high).
@@ -78,7 +77,7 @@ void weigh_rows(const typename E::Value* weights, const char* const* values, con
 
 // False if so many rows do not fit.
 template <class E, int D, bool Gathered, int R = D ? 24 * W / (D ? D : 1) : 0>
-bool weigh_few_rows(int rows, const typename E::Value* weights, const Scratch& s, int count, float* acc,
+bool weigh_few_rows(int rows, const typename E::Value* weights, const TileScratch& s, int count, float* acc,
                     int64_t acc_stride) {
   if constexpr (R < 1 || W < 16) {
     return false;
@@ -92,14 +91,14 @@ bool weigh_few_rows(int rows, const typename E::Value* weights, const Scratch& s
 
 // D: the head dimension if it is known to the compiler, else 0.
 //
-// One tile of rows against one split: writes max, sum and acc[rows, padded head_dim] (not normalised). The first tile
+// One tile of rows against one split: writes max, sum and s.acc[rows, padded head_dim] (not normalised). The first tile
 // packs keys and values as it goes: memory is asked for while the rows that have come are computed. The only tile need
 // not keep what it packed, and stays in the nearest cache.
 //
 // Gathered: rows lie anywhere. `adjust(scores)` may change the products before they become weights.
 template <class E, int D, bool Gathered = false, class Adjust>
-void attend_tile(const Attention& args, Scratch& s, int rows, const typename E::Value* q, const Visible* see, int keys,
-                 bool first, bool only, float* row_max, float* row_sum, float* acc, Adjust adjust) {
+void attend_tile(const Attention& args, TileScratch& s, int rows, const typename E::Value* q, const Visible* see, int keys,
+                 bool first, bool only, float* row_max, float* row_sum, Adjust adjust) {
   typedef typename E::Value Value;
   const int64_t dim = D ? D : args.head_dim, wide = padded(dim), steps = dim / E::pack;
   const int key_end = int(padded(keys)), chunk = first ? 2 * panel : split;
@@ -138,13 +137,13 @@ void attend_tile(const Attention& args, Scratch& s, int rows, const typename E::
     }
     row_sum[r] = sum(total);
   }
-  if (only && weigh_few_rows<E, D, Gathered>(rows, weights, s, keys, acc, wide)) return;
+  if (only && weigh_few_rows<E, D, Gathered>(rows, weights, s, keys, s.acc, wide)) return;
   for (int k = 0; k < keys; k += chunk) {
     const int n = keys - k < chunk ? keys - k : chunk;
     Value* packed = (Value*)s.values + (only ? 0 : k * panel);
     if (first) pack_values<Gathered>(E(), s.value_rows + k, s.key_rows + k, n, dim, packed);
     tiles<E>(rows, weights + k, split, packed, panel * split, int(wide / panel),
-             (n + E::pack - 1) / E::pack, acc, wide, k > 0);
+             (n + E::pack - 1) / E::pack, s.acc, wide, k > 0);
   }
 }
 

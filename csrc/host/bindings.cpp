@@ -172,9 +172,11 @@ MethodArrays method_of(const nb::dict& from) {
   m.unit = 1;
   take(from, "unit", m.unit);
   take(from, "row_dim", m.row_dim);
-  take(from, "shared", m.shared);
+  bool own = false, shared = false;
+  take(from, "own", own);
+  take(from, "shared", shared);
+  m.grouping = shared ? Grouping::shared : own ? Grouping::own : Grouping::united;
   take(from, "tail", m.tail);
-  take(from, "own", m.own);
   take(from, "planes", m.planes);
   take(from, "directions_stride", m.directions_stride);
   take(from, "bits", m.bits);
@@ -203,8 +205,8 @@ std::shared_ptr<const void> held(nb::object object) {
 void bind_index(nb::module_& m) {
   nb::class_<Index>(m, "Index")
       .def("__init__",
-           [](Index* self, int type, int q_heads, int kv_heads, int head_dim, const std::vector<int>& slots, int64_t begin) {
-             new (self) Index({Type(type), q_heads, kv_heads, head_dim}, slots, begin);
+           [](Index* self, int type, int q_heads, int kv_heads, int head_dim, const std::vector<int>& indexed_layer, int64_t begin) {
+             new (self) Index({Type(type), q_heads, kv_heads, head_dim}, indexed_layer, begin);
            })
       .def("set_method", [](Index& self, const nb::dict& method) { self.set_method(method_of(method), held(nb::list(method.values()))); })
       .def("set_blocks",
@@ -224,7 +226,7 @@ void bind_index(nb::module_& m) {
       .def("counters",
            [](const Index& self) {
              const Counters& c = self.counters;
-             return std::make_tuple(c.readings, c.rows, c.head_rows, c.entries, c.checked, c.escalated);
+             return std::make_tuple(c.readings, c.rows, c.head_rows, c.entries, c.estimates, c.fallbacks);
            })
       .def("clear_counters", [](Index& self) { self.counters = {}; });
   m.def(
@@ -261,7 +263,7 @@ void bind_layer(nb::module_& m) {
           [](Layer* self, const KernelSet& k, int type, int weight, int activation, const Packed& qkv, const Packed& out,
              const Packed& gate_up, const Packed& down, std::tuple<uintptr_t, float> norm,
              std::tuple<uintptr_t, float> mlp_norm, std::tuple<uintptr_t, uintptr_t, float> head_norms,
-             std::tuple<int, int, int> heads, int index, float scale, int64_t window) {
+             std::tuple<int, int, int> heads, int layer, float scale, int64_t window) {
             auto linear = [&](const Packed& p, Activation act) {
               Linear l{};
               l.weight = Type(weight);
@@ -280,18 +282,22 @@ void bind_layer(nb::module_& m) {
             rope.q_norm = at<float>(std::get<0>(head_norms));
             rope.k_norm = at<float>(std::get<1>(head_norms));
             rope.eps = std::get<2>(head_norms);
-            const Rows first{Type(type), nullptr, nullptr, at<float>(std::get<0>(norm)), 0, 0, std::get<1>(norm), 0};
-            const Rows second{Type(type), nullptr,          nullptr, at<float>(std::get<0>(mlp_norm)), 0, 0,
-                              std::get<1>(mlp_norm), 0};
+            auto rms_norm = [&](const std::tuple<uintptr_t, float>& given) {
+              RmsNorm n{};
+              n.type = Type(type);
+              n.weight = at<float>(std::get<0>(given));
+              n.eps = std::get<1>(given);
+              return n;
+            };
             new (self) Layer{k.table,
-                             first,
-                             second,
+                             rms_norm(norm),
+                             rms_norm(mlp_norm),
                              linear(qkv, Activation::none),
                              linear(out, Activation::none),
                              linear(gate_up, Activation(activation)),
                              linear(down, Activation::none),
                              rope,
-                             index,
+                             layer,
                              scale,
                              window};
           })

@@ -7,8 +7,6 @@ namespace {
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("Index: " + what); }
 
-int64_t value_bytes(Type type) { return type == Type::f32 ? 4 : 2; }
-
 bool in_range(int64_t x, int64_t low, int64_t high) { return low <= x && x <= high; }
 
 // Numbers that kernels use as sizes of what they read or of memory on their stack.
@@ -24,21 +22,22 @@ void check_method(const Method& m, const IndexShape& shape) {
       (!in_range(m.bits, 0, 16) || !in_range(m.tables, 2, 255) || !in_range(m.planes, std::max(1, m.bits * m.tables), most_directions)))
     refuse("too many bits or tables");
   if (m.take == Take::draw && m.rank != Rank::keys) refuse("draws need exact scores");
-  if (m.take == Take::verify && (m.own || m.tail)) refuse("a sample of the rest stands for the whole group and has no tail");
-  if (m.shared && (m.rank == Rank::tables || m.rank == Rank::signs)) refuse("signs and tables are looked up by each query head");
+  if (m.take == Take::verify && (m.grouping == Grouping::own || m.tail)) refuse("a sample of the rest stands for the whole group and has no tail");
+  if (m.grouping == Grouping::shared && (m.rank == Rank::tables || m.rank == Rank::signs)) refuse("signs and tables are looked up by each query head");
+  if (m.certify > 0 && m.rank != Rank::tables) refuse("errors are estimated of what tables find");
   if (shape.q_heads / shape.kv_heads > most_group) refuse("more than 32 query heads to a KV head");
 }
 
 }  // namespace
 
-Index::Index(IndexShape shape, std::vector<int32_t> slots, int64_t begin)
-    : shape_(shape), slots_(std::move(slots)), begin_(begin) {
+Index::Index(IndexShape shape, std::vector<int32_t> indexed_layer, int64_t begin)
+    : shape_(shape), indexed_layer_(std::move(indexed_layer)), begin_(begin) {
   if (shape.kv_heads < 1 || shape.q_heads < shape.kv_heads || shape.q_heads % shape.kv_heads || shape.head_dim < 2)
     refuse("heads must divide");
   int32_t indexed = 0;
-  for (int32_t slot : slots_) {
-    if (slot != -1 && slot != indexed) refuse("indexed layers must be numbered in order");
-    indexed += slot >= 0;
+  for (int32_t layer : indexed_layer_) {
+    if (layer != -1 && layer != indexed) refuse("indexed layers must be numbered in order");
+    indexed += layer >= 0;
   }
   if (begin < 0) refuse("begins before the first token");
   planes_ = int64_t(indexed) * shape.kv_heads;
@@ -90,7 +89,7 @@ Block Index::block_of(const Method& m, int64_t begin, int64_t end, const Arrays&
   };
   take("signs", b.signs, n * m.planes / 8);
   take("factors", b.factors, n);
-  take("rows", b.rows, b.units * m.row_dim * value);
+  take("rows", b.ranked_rows, b.units * m.row_dim * value);
   take("codes", b.codes, int64_t(m.tables) * n * 2);
   take("heads", b.heads, m.tables * ((int64_t(1) << m.bits) + 1) * 4);
   take("ids", b.ids, int64_t(m.tables) * n * 2);
@@ -110,7 +109,7 @@ void Index::check(const State& state) const {
     const int64_t n = b.end - b.begin;
     const bool clusters = m.tail || m.rank == Rank::clusters;
     if (m.rank == Rank::signs && !(b.signs && b.factors)) refuse("signs and factors are missing");
-    if ((m.rank == Rank::rows || m.rank == Rank::clusters) && !b.rows) refuse("rows are missing");
+    if ((m.rank == Rank::rows || m.rank == Rank::clusters) && !b.ranked_rows) refuse("rows are missing");
     if (m.rank == Rank::rows && b.units * m.unit != n) refuse("not a row for every unit");
     if (m.rank == Rank::clusters && b.units != b.clusters) refuse("not a row for every cluster");
     if (m.rank == Rank::tables && !(b.norms && (b.codes || (b.heads && b.ids)))) refuse("norms, or codes or tables, are missing");

@@ -30,8 +30,8 @@ struct MethodArrays {
 
 class Index {
  public:
-  // slots: for each layer which of the indexed ones it is, -1 for a dense one. begin: the first candidate.
-  Index(IndexShape shape, std::vector<int32_t> slots, int64_t begin);
+  // indexed_layer: for each layer which of the indexed ones it is, -1 for a dense one. begin: the first candidate.
+  Index(IndexShape shape, std::vector<int32_t> indexed_layer, int64_t begin);
 
   // Both raise std::invalid_argument if an array is missing, unknown, or of another size than the kernels read. `held` keeps
   // alive what the arrays point to.
@@ -46,7 +46,7 @@ class Index {
   };
   std::shared_ptr<const State> state() const { return state_; }
   const IndexShape& shape() const { return shape_; }
-  const std::vector<int32_t>& slots() const { return slots_; }
+  const std::vector<int32_t>& indexed_layer() const { return indexed_layer_; }
   int64_t begin() const { return begin_; }
 
   Counters counters{};
@@ -56,7 +56,7 @@ class Index {
   void check(const State& state) const;
 
   IndexShape shape_;
-  std::vector<int32_t> slots_;
+  std::vector<int32_t> indexed_layer_;
   int64_t begin_;
   int64_t planes_;  // (indexed layer, KV head)
   std::shared_ptr<const State> state_ = std::make_shared<State>();

@@ -1,5 +1,7 @@
 #include "host/layer.h"
 
+#include "api/carver.h"
+
 namespace thresher {
 namespace {
 
@@ -14,7 +16,7 @@ void apply(const Kernels* kernels, Linear args, const void* x, int64_t rows, voi
   kernels->linear(args);
 }
 
-void normalize(const Kernels* kernels, Rows args, const void* x, void* y, int64_t rows, int64_t width, int threads) {
+void normalize(const Kernels* kernels, RmsNorm args, const void* x, void* y, int64_t rows, int64_t width, int threads) {
   args.x = x;
   args.y = y;
   args.rows = rows;
@@ -30,21 +32,17 @@ void Layer::run(Plan& plan, void* hidden, int64_t tokens, const void* cos, const
   if (!plan.fits(rope.type, rope.q_heads, rope.kv_heads, rope.head_dim, tokens))
     throw std::invalid_argument("Layer.run: the plan is for other heads or another number of tokens");
   const std::lock_guard<std::recursive_mutex> lock(plan.workspace().turn);
-  const int64_t size = rope.type == Type::f32 ? 4 : 2, width = qkv.in;
+  const int64_t size = value_bytes(rope.type), width = qkv.in;
   const int64_t q_width = int64_t(rope.q_heads) * rope.head_dim, kv_width = int64_t(rope.kv_heads) * rope.head_dim;
-  const int64_t parts[] = {tokens * width * size, tokens * qkv.out * size, tokens * q_width * size,
-                           tokens * gate_up.out * size};
-  char* buffers[4];
-  int64_t bytes = 64;
-  for (int64_t part : parts) bytes += (part + 63) / 64 * 64;
-  std::vector<char>& memory = plan.workspace().activations;
-  if (int64_t(memory.size()) < bytes) memory.resize(size_t(bytes));
-  char* at = (char*)((uintptr_t(memory.data()) + 63) / 64 * 64);
-  for (int i = 0; i < 4; ++i) {
-    buffers[i] = at;
-    at += (parts[i] + 63) / 64 * 64;
-  }
-  char *normed = buffers[0], *rows = buffers[1], *mixed = buffers[2], *gated = buffers[3];
+  char *normed, *rows, *mixed, *gated;
+  auto place = [&](Carver carver) {
+    carver.take(normed, tokens * width * size);
+    carver.take(rows, tokens * qkv.out * size);
+    carver.take(mixed, tokens * q_width * size);
+    carver.take(gated, tokens * gate_up.out * size);
+    return carver.bytes;
+  };
+  place(Carver{plan.workspace().activations.reserve(place(Carver{nullptr}))});
 
   normalize(kernels, norm, hidden, normed, tokens, width, threads);
   apply(kernels, qkv, normed, tokens, rows, nullptr, threads);
@@ -58,7 +56,7 @@ void Layer::run(Plan& plan, void* hidden, int64_t tokens, const void* cos, const
   turn.threads = threads;
   kernels->rope(turn);
   Attention args{};
-  args.layer = index;
+  args.layer = layer;
   args.q = rows;
   args.k = rows + q_width * size;
   args.v = rows + (q_width + kv_width) * size;

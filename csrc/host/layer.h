@@ -10,10 +10,10 @@ namespace thresher {
 // The parts of a layer, with everything set that does not change from pass to pass.
 struct Layer {
   const Kernels* kernels;
-  Rows norm, mlp_norm;
+  RmsNorm norm, mlp_norm;
   Linear qkv, out, gate_up, down;
   Rope rope;
-  int index;
+  int layer;  // in the KV cache
   float scale;
   int64_t window;
 

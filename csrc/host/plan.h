@@ -2,25 +2,28 @@
 #pragma once
 #include <cstdint>
 #include <deque>
-#include <map>
 #include <mutex>
 #include <stdexcept>
 #include <vector>
 
-#include "host/index.h"
 #include "api/kernels.h"
+#include "host/index.h"
 
 namespace thresher {
+
+// Memory that only grows, aligned to 64 bytes.
+class Buffer {
+ public:
+  char* reserve(int64_t bytes);
+
+ private:
+  std::vector<char> memory_;
+};
 
 // Memory that outlives a pass, so that decoding does not allocate. Plans may share one: they take turns, a call at a time.
 struct Workspace {
   std::recursive_mutex turn;
-  std::vector<char> scratch;
-  std::vector<float> partials;
-  std::vector<char> activations;
-  std::vector<char> sparse;
-  std::vector<float> doubts;
-  std::vector<char> escalated;
+  Buffer activations, scratch, sparse, partials, variances, fallback;
 };
 
 class Plan {
@@ -44,22 +47,33 @@ class Plan {
   int64_t rows_read(int64_t layer_window);  // rows of K (and as many of V) a dense layer reads, per KV head
 
  private:
-  struct Work {
+  // What layers do that have the same window and read the same sequences sparsely.
+  struct LayerPlan {
+    int64_t layer_window = 0;
     std::vector<Sequence> sequences;
-    std::vector<SparseItem> sparse;  // in order of their steps
+    std::vector<SparseItem> steps;  // in order of their kinds
     bool certify = false;
-    std::vector<Item> items;
+    std::vector<Item> items;  // those that fold come first
     int64_t fold_count = 0;
     std::vector<Span> spans;
     std::vector<Slots> slots;
     int64_t slot_count = 0;
     int64_t rows_read = 0;
   };
-  bool is_sparse(size_t sequence, int layer, int64_t layer_window) const;
-  const Work& work(int layer, int64_t layer_window);
-  void run(Attention args, const Work& work);
-  void add_sparse(Work& work, size_t sequence);
+  struct SharedSplits;
+
+  const LayerPlan& of_layer(int layer, int64_t layer_window);
+  const LayerPlan& dense(int64_t layer_window);
+  const LayerPlan& reading(const std::vector<const Sparse*>& sparse, int64_t layer_window);
+  void build(LayerPlan& plan);
+  void add_steps(LayerPlan& plan, size_t sequence);
+  void add_query_blocks(LayerPlan& plan, size_t sequence);
+  void add_splits(LayerPlan& plan, size_t sequence, SharedSplits& shared);
+  void add_items(LayerPlan& plan, const SharedSplits& shared);
+  void check_index(const Index& index, int layers, int64_t queries, int64_t past, int64_t end, int64_t budget) const;
+  Sparse sparse_of(const Index& index, const Index::State& state, int64_t end, int64_t budget) const;
   void place_sparse();
+  void run(Attention args, const LayerPlan& plan);
 
   const Kernels* kernels_;
   Workspace* workspace_;
@@ -69,10 +83,10 @@ class Plan {
   std::vector<std::shared_ptr<const Index::State>> states_;  // what `sparse_` points to
   std::vector<std::vector<Run>> runs_;
   std::vector<Sequence> sequences_;
-  std::deque<Sparse> sparse_;      // of the sequences that have an index
-  std::vector<Sparse*> sparse_of_;  // of each sequence, or null
-  std::map<std::pair<int64_t, std::vector<bool>>, Work> work_;  // by layer window and which sequences are sparse
-  std::vector<const Work*> work_of_layer_;
+  std::deque<Sparse> sparse_;         // of the sequences that have an index
+  std::vector<Sparse*> sparse_of_;    // of each sequence, or null
+  std::deque<LayerPlan> plans_;       // a few: most layers are alike
+  std::vector<const LayerPlan*> plan_of_layer_;
   char *queries_ = nullptr, *outputs_ = nullptr, *dense_ = nullptr;
 };
 

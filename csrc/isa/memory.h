@@ -18,6 +18,16 @@ inline void prefetch(const char* from, int64_t bytes) {
   }
 }
 
+// Where a position of a run has its key and its value, for a KV head of this layer.
+struct RowAddress {
+  char *key, *value;
+};
+inline RowAddress row_address(const Attention& args, const Run& run, int64_t kv_head, int64_t position, int64_t row_bytes) {
+  const int64_t plane = run.capacity * row_bytes;
+  char* key = run.base + (int64_t(args.layer) * 2 * args.kv_heads + kv_head) * plane + (position - run.start) * row_bytes;
+  return {key, key + args.kv_heads * plane};
+}
+
 // The run that holds position x; `run` is where the last search ended, positions mostly grow.
 inline const Run* run_of(const Sequence& seq, const Run* run, int64_t x) {
   if (x < run->start) run = seq.runs;

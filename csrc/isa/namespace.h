@@ -2,7 +2,9 @@
 // unnamed one: nothing but the table of kernels.cpp may leave an object, or of two functions of one name the linker could pick the
 // one that was built for another processor.
 #pragma once
-#if defined(__x86_64__)
+#include <stddef.h>
+#include <stdint.h>
+#if defined(__AVX512F__)  // what other instruction sets need, the compiler makes of vector extensions
 #include <immintrin.h>
 #endif
 

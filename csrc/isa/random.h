@@ -1,7 +1,5 @@
 // Random numbers of the steps that draw.
 #pragma once
-#include <cstdint>
-
 #include "isa/namespace.h"
 
 THRESHER_ISA_BEGIN

@@ -1,7 +1,5 @@
 // Vectors of W floats in GCC's vector extensions.
 #pragma once
-#include <cstdint>
-
 #include "isa/namespace.h"
 
 THRESHER_ISA_BEGIN

@@ -1,7 +1,7 @@
 // Steps `choose` and `list`: the best candidates of each query head are marked in its bitmap, and those of a group listed.
 #pragma once
+#include "api/carver.h"
 #include "api/kernels.h"
-#include "dense/tile.h"
 #include "isa/largest.h"
 #include "isa/namespace.h"
 #include "isa/random.h"
@@ -94,14 +94,13 @@ inline void spread(const uint64_t* units, int64_t count, int unit, uint64_t* cho
 }
 
 // The best of what reached the bound; among equals the first.
-inline void choose_signs(const Attention& args, const Sparse& sparse, int64_t head, Scratch& s, uint64_t* chosen) {
+inline void choose_signs(const Attention& args, const Sparse& sparse, int64_t head, int16_t* scores, uint64_t* chosen) {
   const int64_t n = sparse.ranked, k = sparse.budget < n ? sparse.budget : n;
-  int16_t* scores = (int16_t*)s.values_left;
   auto collect = [&] {
     int64_t count = 0;
     for (int64_t at = 0; at < n; at += scan_tokens) {
-      const int32_t* found = found_of(sparse, head, at);
-      for (int32_t i = 0; i < found[0]; ++i) scores[count++] = int16_t(found[16 + i] >> 16);
+      const Found& found = found_of(sparse, head, at);
+      for (int32_t i = 0; i < found.count; ++i) scores[count++] = int16_t(found.entries[i] >> 16);
     }
     return count;
   };
@@ -118,9 +117,9 @@ inline void choose_signs(const Attention& args, const Sparse& sparse, int64_t he
   const int16_t least = threshold(scores, padded_count, k);
   int64_t equals = k - (least == int16_t(~lowest<int16_t>()) ? 0 : count_from(scores, padded_count, int16_t(least + 1)));
   for (int64_t at = 0; at < n; at += scan_tokens) {
-    const int32_t* found = found_of(sparse, head, at);
-    for (int32_t i = 0; i < found[0]; ++i) {  // without branches that could be guessed wrong
-      const int32_t entry = found[16 + i], score = entry >> 16;
+    const Found& found = found_of(sparse, head, at);
+    for (int32_t i = 0; i < found.count; ++i) {  // no branches: whether a score is taken is not to be foreseen
+      const int32_t entry = found.entries[i], score = entry >> 16;
       const bool equal = score == least, taken = bool(int(score > least) | (int(equal) & int(equals > 0)));
       const int64_t c = at + (entry & 0xffff);
       equals -= equal;
@@ -129,27 +128,45 @@ inline void choose_signs(const Attention& args, const Sparse& sparse, int64_t he
   }
 }
 
-inline void choose_item(const Attention& args, const SparseItem& item, Scratch& s) {
+// What the ways of choosing work on; each has one.
+struct ChooseScratch {
+  int16_t* sign_scores;  // [ranked, padded]: signs, of what was found
+  uint8_t* wanted;       // [clusters of a block]
+  int32_t* top_scores;   // [ranked, padded]: of what may be among the best
+  uint64_t* unit_marks;  // [ranked / 64]: bits, if a ranked row is more than one token
+
+  ChooseScratch(const Sparse& sparse, Carver& c) {
+    const Method& m = *sparse.method;
+    const bool signs = m.rank == Rank::signs, clusters = m.rank == Rank::clusters;
+    const bool top = !signs && !clusters && m.take != Take::draw;
+    c.take(sign_scores, signs ? padded_ranks(sparse.ranked) * 2 : 0);
+    c.take(wanted, clusters ? most_clusters : 0);
+    c.take(top_scores, top ? padded_ranks(sparse.ranked) * 4 : 0);
+    c.take(unit_marks, top && m.unit > 1 ? padded_ranks(sparse.ranked) / 8 : 0);
+  }
+};
+
+inline void choose_item(const Attention& args, const SparseItem& item, char* memory) {
   const Sequence& seq = args.sequences[item.sequence];
   const Sparse& sparse = *seq.sparse;
   const Method& m = *sparse.method;
   const int64_t n = sparse.end - sparse.begin, ranks = padded_ranks(sparse.ranked);
-  uint64_t* chosen = sparse.chosen + item.head * words(n);
-  int32_t* scores = (int32_t*)(sparse.scores + item.head * ranks * 4);
-  const int64_t kv_head = m.shared ? item.head : item.head / (args.q_heads / args.kv_heads);
+  uint64_t* chosen = sparse.chosen + item.chooser * words(n);
+  int32_t* scores = sparse.scores + item.chooser * ranks;
+  Carver carver{memory};
+  const ChooseScratch s(sparse, carver);
   if (m.rank == Rank::signs) {
-    choose_signs(args, sparse, item.head, s, chosen);
+    choose_signs(args, sparse, item.chooser, s.sign_scores, chosen);
   } else if (m.rank == Rank::clusters) {
-    choose_clusters(args, sparse, kv_head, scores, (uint8_t*)s.values_left, chosen);
+    choose_clusters(args, sparse, item.kv_head, scores, s.wanted, chosen);
   } else if (m.take == Take::draw) {
     for (int64_t i = 0; i < n; ++i) ((float*)scores)[i] = unsortable(scores[i]);
-    choose_draws(args, seq, item.head, (float*)scores, n, chosen);
+    choose_draws(args, seq, item.chooser, (float*)scores, n, chosen);
   } else if (m.unit == 1) {
-    mark_top(scores, n, sparse.budget, chosen, (int32_t*)s.values_left);
+    mark_top(scores, n, sparse.budget, chosen, s.top_scores);
   } else {
-    uint64_t* units = s.unit_marks;
-    mark_top(scores, sparse.ranked, (sparse.budget + m.unit - 1) / m.unit, units, (int32_t*)s.values_left);
-    spread(units, sparse.ranked, m.unit, chosen);
+    mark_top(scores, sparse.ranked, (sparse.budget + m.unit - 1) / m.unit, s.unit_marks, s.top_scores);
+    spread(s.unit_marks, sparse.ranked, m.unit, chosen);
   }
 }
 
@@ -172,20 +189,20 @@ ALWAYS_INLINE int32_t* places_of(uint64_t bits, int32_t base, int32_t* to) {
 inline void list_item(const Attention& args, const SparseItem& item) {
   const Sparse& sparse = *args.sequences[item.sequence].sparse;
   const Method& m = *sparse.method;
-  const int64_t n_words = words(sparse.end - sparse.begin), heads = m.shared ? 1 : args.q_heads / args.kv_heads;
-  const uint64_t* chosen = sparse.chosen + item.head * heads * n_words;
-  int32_t *rows = rows_of(sparse, item.head), *to = rows + 1;
+  const int64_t n_words = words(sparse.end - sparse.begin), heads = choices(args, m);
+  const uint64_t* chosen = sparse.chosen + item.kv_head * heads * n_words;
+  int32_t *listed = listed_of(sparse, item.kv_head), *to = listed;
   for (int64_t w = 0; w < n_words; ++w) {
     uint64_t any = 0;
     for (int64_t h = 0; h < heads; ++h) any |= chosen[h * n_words + w];
     to = places_of(any, int32_t(w * 64), to);
   }
-  const int32_t count = int32_t(to - rows) - 1;
-  rows[0] = count;
-  if (!m.own || m.shared) return;
-  uint32_t* members = members_of(sparse, item.head);
+  const int32_t count = int32_t(to - listed);
+  sparse.listed_count[item.kv_head] = count;
+  if (m.grouping != Grouping::own) return;
+  uint32_t* members = members_of(sparse, item.kv_head);
   for (int32_t i = 0; i < count; ++i) {
-    const int64_t c = rows[1 + i];
+    const int64_t c = listed[i];
     members[i] = 0;
     for (int64_t h = 0; h < heads; ++h) members[i] |= uint32_t(chosen[h * n_words + c / 64] >> (c % 64) & 1) << h;
   }

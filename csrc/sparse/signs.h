@@ -8,7 +8,7 @@
 
 THRESHER_ISA_BEGIN
 
-constexpr int nibble_zero = 128;  // stands for a sum of 0
+constexpr int nibble_zero = 128;  // how a sum of 0 is stored: bytes have no sign
 
 // A query rotated and rounded: for every four directions, the sums of their products with 16 patterns of signs, as bytes.
 // A piece is 32 directions: the patterns of the low halves of its four bytes, then those of the high halves.
@@ -152,11 +152,7 @@ struct Signs {
   }
 };
 
-// The scores of a piece that reach the query head's bound, in order: score << 16 | place in the piece. The first number is how
-// many. Cores hand each other these few, not all scores.
-inline int32_t* found_of(const Sparse& sparse, int64_t head, int64_t candidate) {
-  return sparse.found + (head * ((sparse.ranked + scan_tokens - 1) / scan_tokens) + candidate / scan_tokens) * found_stride;
-}
+// What a query head ranks by.
 inline SignQuery* sign_query(const Sparse& sparse, int64_t head) {
   return (SignQuery*)(sparse.queries + head * sparse.query_bytes);
 }
@@ -183,13 +179,13 @@ ALWAYS_INLINE int32_t* keep_from(const int16_t* x, int16_t bound, int32_t place,
 // Candidates [begin, begin + scan_tokens), as far as there are any, for R query heads.
 template <int R>
 void scan_piece(const Attention& args, const Sparse& sparse, int64_t first_head, int64_t begin) {
-  Signs signs(args, sparse, first_head / (args.q_heads / args.kv_heads));
+  Signs signs(args, sparse, first_head / group_of(args));
   const int64_t end = begin + scan_tokens < sparse.ranked ? begin + scan_tokens : sparse.ranked;
   const SignQuery* queries[R];
   int32_t* to[R];
   for (int r = 0; r < R; ++r) {
     queries[r] = sign_query(sparse, first_head + r);
-    to[r] = found_of(sparse, first_head + r, begin) + 16;
+    to[r] = found_of(sparse, first_head + r, begin).entries;
   }
   alignas(64) int16_t scores[R][sign_keys];
   for (int64_t x = begin; x < end; x += sign_keys) {
@@ -197,34 +193,36 @@ void scan_piece(const Attention& args, const Sparse& sparse, int64_t first_head,
     for (int r = 0; r < R; ++r) to[r] = keep_from(scores[r], queries[r]->bound, int32_t(x - begin), to[r]);
   }
   for (int r = 0; r < R; ++r) {
-    int32_t* found = found_of(sparse, first_head + r, begin);
-    found[0] = int32_t(to[r] - found) - 16;
+    Found& found = found_of(sparse, first_head + r, begin);
+    found.count = int32_t(to[r] - found.entries);
   }
 }
 
+constexpr int sampled_step = 256, sampled_stride = sign_groups * sampled_step;  // one group of 16 in 16: neighbours are alike
 
-// The bounds of R query heads: a sample of scores tells what leaves few to look at closely.
+// Scores of a query head that are sampled.
+inline int64_t sampled_scores(const Sparse& sparse) { return sparse.ranked / sampled_stride * sign_keys; }
+
+// The bounds of R query heads: a sample of scores [R, sampled_scores] tells what leaves few to look at closely.
 template <int R>
-void bound_scores(const Attention& args, const Sparse& sparse, int64_t first_head, int16_t* buffer) {
-  Signs signs(args, sparse, first_head / (args.q_heads / args.kv_heads));
+void bound_scores(const Attention& args, const Sparse& sparse, int64_t first_head, int16_t* sample) {
+  Signs signs(args, sparse, first_head / group_of(args));
   const SignQuery* queries[R];
   for (int r = 0; r < R; ++r) {
     queries[r] = sign_query(sparse, first_head + r);
     sign_query(sparse, first_head + r)->bound = lowest<int16_t>();
   }
-  constexpr int step = 256, stride = sign_groups * step;  // one group of 16 in 16: neighbours are alike
-  if (sparse.ranked < 4 * stride) return;
-  const int64_t room = sparse.ranked / stride * sign_keys;  // of each query head
-  int64_t sampled = 0;
+  if (sparse.ranked < 4 * sampled_stride) return;
+  const int64_t sampled = sampled_scores(sparse);
   alignas(64) int16_t scores[R][sign_keys];
-  for (int64_t x = 0; x + stride <= sparse.ranked; x += stride, sampled += sign_keys) {
-    scan_signs<R>(signs.pieces, signs.shift, signs.groups(x, step), queries, scores);
-    for (int r = 0; r < R; ++r) __builtin_memcpy(buffer + r * room + sampled, scores[r], sizeof scores[r]);
+  for (int64_t at = 0; at < sampled; at += sign_keys) {
+    scan_signs<R>(signs.pieces, signs.shift, signs.groups(at / sign_keys * sampled_stride, sampled_step), queries, scores);
+    for (int r = 0; r < R; ++r) __builtin_memcpy(sample + r * sampled + at, scores[r], sizeof scores[r]);
   }
   const double expected = double(sparse.budget) * double(sampled) / double(sparse.ranked);
   const int64_t rank = int64_t(expected + 4 * __builtin_sqrt(expected) + 8);
   for (int r = 0; r < R && rank < sampled; ++r)
-    sign_query(sparse, first_head + r)->bound = threshold(buffer + r * room, sampled, rank);
+    sign_query(sparse, first_head + r)->bound = threshold(sample + r * sampled, sampled, rank);
 }
 
 THRESHER_ISA_END

@@ -11,12 +11,6 @@ from thresher.kernels.attention import AttentionPlan, Heads, Visibility, referen
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
 
-@pytest.fixture(params=native.isas())
-def isa(request, monkeypatch):
-    monkeypatch.setattr("thresher.kernels.attention.kernel_set", lambda: native.kernel_set(request.param))
-    return request.param
-
-
 class Cached:
     """A sequence cut into runs of the given lengths; the last has room for the new rows."""
 
