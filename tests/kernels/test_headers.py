@@ -1,4 +1,4 @@
-"""Every header of csrc/ includes what it uses: alone it compiles, with the flags of the least and of the best instruction set."""
+"""Every header of csrc/ includes what it uses: it compiles alone, for the least and for the best instruction set."""
 
 import platform
 import re

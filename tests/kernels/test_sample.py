@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from thresher.kernels.sampling import Draw, Edits, reference_distribution, reference_sample, sample
 
-
 SETTINGS = [
     {},
     {"top_k": 1},

@@ -123,7 +123,7 @@ class SparseMethod(AttentionMethod):
         return {}
 
     def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """What the kernels need to know: members of `Method` in csrc/api/kernels.h. Tensors stand for their addresses."""
+        """What the kernels need to know: `Method` of csrc/api/kernels.h. Tensors stand for their addresses."""
         return {"rank": self.rank, "own": self.own, "shared": self.shared, "row_dim": shape.heads.head_dim}
 
     def budget_tokens(self, context: int) -> int:
