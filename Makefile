@@ -4,9 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-SOURCES := $(wildcard csrc/*) CMakeLists.txt pyproject.toml constraints.txt
+SOURCES := $(wildcard csrc/*.* csrc/*/*) CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: help install test check demo sanitize clean
+.PHONY: help install test check demo sanitize tsan clean
 help:  ## List what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -43,11 +43,21 @@ demo: install  ## Read a long text, ask it questions, show the times
 SANITIZED := build/sanitized
 sanitize: install  ## Kernel and attention tests, and the fuzz target, under AddressSanitizer and UBSan
 	$(PIP) --no-build-isolation --no-deps --upgrade --target $(SANITIZED) -C build-dir=build/sanitize \
-	  -C cmake.define.THRESHER_SANITIZE=ON .
+	  -C cmake.define.THRESHER_SANITIZE=address,undefined .
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OMP_NUM_THREADS=2 \
 	  PYTHONPATH=$(SANITIZED):$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])') \
 	  $$($(BIN)/python -c 'import sys; print(sys._base_executable)') -m pytest tests/kernels tests/attention tests/fuzz -p no:cacheprovider
+
+# The same for ThreadSanitizer, which wants to know where memory lies: no random addresses.
+THREADED := build/threaded
+tsan: install  ## Thread tests under ThreadSanitizer
+	$(PIP) --no-build-isolation --no-deps --upgrade --target $(THREADED) -C build-dir=build/tsan \
+	  -C cmake.define.THRESHER_SANITIZE=thread .
+	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" TSAN_OPTIONS=halt_on_error=1 OMP_NUM_THREADS=1 \
+	  PYTHONPATH=$(THREADED):$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])') \
+	  setarch -R $$($(BIN)/python -c 'import sys; print(sys._base_executable)') -m pytest -p no:cacheprovider \
+	  tests/kernels/test_threads.py tests/attention -k "thread or workspace or callers or number or forked"
 
 clean:  ## Remove what was built (not the model cache)
 	rm -rf build $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,12 +1,11 @@
-// Compiled once for each instruction set (CMakeLists.txt), each time into a namespace of its own. Nothing with
-// external linkage but the table may come out of here, or the linker could pick a function built for another processor.
-#include <stdint.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+// The table of one instruction set (isa/namespace.h).
+#include "api/kernels.h"
 
-#include "kernels.h"
-#include "pool.h"
+#include "attention.h"
+#include "dense/elementwise.h"
+#include "dense/linear.h"
+#include "dense/sample.h"
+#include "index/project.h"
 
 #define THRESHER_JOIN2(a, b) a##b
 #define THRESHER_JOIN(a, b) THRESHER_JOIN2(a, b)
@@ -14,19 +13,11 @@
 #define THRESHER_TEXT(a) THRESHER_TEXT2(a)
 
 namespace thresher {
-namespace {
-#include "simd.h"
-#include "linear.h"
-#include "pack.h"
-#include "attention.h"
-#include "hashing.h"
-#include "elementwise.h"
-#include "sample.h"
-}  // namespace
+using namespace THRESHER_ISA;
 
-extern const Kernels THRESHER_JOIN(kernels_, THRESHER_ISA_NAME);
-const Kernels THRESHER_JOIN(kernels_, THRESHER_ISA_NAME) = {
-    THRESHER_TEXT(THRESHER_ISA_NAME), linear, attend, scratch_bytes, rms_norm, rope, read_memory,
+extern const Kernels THRESHER_JOIN(kernels_, THRESHER_ISA);
+const Kernels THRESHER_JOIN(kernels_, THRESHER_ISA) = {
+    THRESHER_TEXT(THRESHER_ISA), linear, attend, scratch_bytes, rms_norm, rope, read_memory,
     project, codes, tables, sample_scratch_bytes, sample,
 };
 }  // namespace thresher

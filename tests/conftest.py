@@ -86,8 +86,8 @@ def byte_tokenizer():
 
 @pytest.fixture(params=native.isas())
 def isa(request, monkeypatch):
-    """The instruction set that attention and hashing run with."""
-    for module in ("attention", "hashing"):
+    """The instruction set that kernels run with."""
+    for module in ("attention", "elementwise", "hashing", "layer", "linear", "sampling"):
         monkeypatch.setattr(f"thresher.kernels.{module}.kernel_set", lambda: native.kernel_set(request.param))
     return request.param
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from harness import Case, attend
 
-from thresher.kernels import _native, native
+from thresher.kernels import _native
 from thresher.kernels.attention import AttentionPlan, Heads, reference_attention
 
 HEADS = Heads(4, 2, 32)
@@ -15,12 +15,6 @@ SPECS = [
     "block_topk:budget=64", "clusters:budget=64", "topk:budget=64", "sample:draws=64", "verified:heavy=32",
 ]  # fmt: skip
 BAD = [float("nan"), float("inf"), -float("inf"), 3e38]
-
-
-@pytest.fixture(params=native.isas())
-def isa(request, monkeypatch):
-    monkeypatch.setattr("thresher.kernels.attention.kernel_set", lambda: native.kernel_set(request.param))
-    return request.param
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

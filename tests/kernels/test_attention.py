@@ -5,16 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thresher.kernels import _native, native
+from thresher.kernels import _native
 from thresher.kernels.attention import AttentionPlan, Heads, Visibility, reference_attention
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
-
-
-@pytest.fixture(params=native.isas())
-def isa(request, monkeypatch):
-    monkeypatch.setattr("thresher.kernels.attention.kernel_set", lambda: native.kernel_set(request.param))
-    return request.param
 
 
 class Cached:

@@ -1,16 +1,9 @@
 import pytest
 import torch
 
-from thresher.kernels import native
 from thresher.kernels.elementwise import reference_rms_norm, reference_rope, rms_norm, rope_
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
-
-
-@pytest.fixture(params=native.isas())
-def isa(request, monkeypatch):
-    monkeypatch.setattr("thresher.kernels.elementwise.kernel_set", lambda: native.kernel_set(request.param))
-    return request.param
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

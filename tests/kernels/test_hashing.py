@@ -6,7 +6,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thresher.kernels import native
 from thresher.kernels.hashing import (
     MOST_DIRECTIONS,
     lsh_codes,
@@ -24,12 +23,6 @@ ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
 # Bits a table and tables: all pairs of the two lists with at most MOST_DIRECTIONS bits in all.
 TABLES = [(K, L) for K in (1, 2, 4, 8, 10, 11, 16) for L in (2, 50, 150) if K * L <= MOST_DIRECTIONS]
-
-
-@pytest.fixture(params=native.isas())
-def isa(request, monkeypatch):
-    monkeypatch.setattr("thresher.kernels.hashing.kernel_set", lambda: native.kernel_set(request.param))
-    return request.param
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)

@@ -1,14 +1,7 @@
 import pytest
 import torch
 
-from thresher.kernels import native
 from thresher.kernels.linear import pack_linear, quantize_rows, reference_linear
-
-
-@pytest.fixture(params=native.isas())
-def isa(request, monkeypatch):
-    monkeypatch.setattr("thresher.kernels.linear.kernel_set", lambda: native.kernel_set(request.param))
-    return request.param
 
 
 def rounded(weight, dtype):

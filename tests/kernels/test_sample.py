@@ -6,15 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thresher.kernels import native
 from thresher.kernels.sampling import Draw, Edits, reference_distribution, reference_sample, sample
-
-
-@pytest.fixture(params=native.isas())
-def isa(request, monkeypatch):
-    monkeypatch.setattr("thresher.kernels.sampling.kernel_set", lambda: native.kernel_set(request.param))
-    return request.param
-
 
 SETTINGS = [
     {},

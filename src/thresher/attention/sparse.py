@@ -30,7 +30,7 @@ STEP_BYTES = 600_000
 
 
 class Rank(IntEnum):
-    """What candidates are ranked by; the numbers of csrc/kernels.h."""
+    """What candidates are ranked by; the numbers of csrc/api/kernels.h."""
 
     NONE = 0
     KEYS = 1
@@ -42,7 +42,7 @@ class Rank(IntEnum):
 
 
 class Take(IntEnum):
-    """What is read of what is ranked; the numbers of csrc/kernels.h."""
+    """What is read of what is ranked; the numbers of csrc/api/kernels.h."""
 
     TOP = 0
     DRAW = 1
@@ -132,7 +132,7 @@ class SparseMethod(AttentionMethod):
         return {}
 
     def parameters(self, shape: Shape, frozen: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """What the kernels need to know: members of `Method` in csrc/kernels.h. Tensors stand for their addresses."""
+        """What the kernels need to know: `Method` of csrc/api/kernels.h. Tensors stand for their addresses."""
         return {"rank": self.rank, "own": self.own, "shared": self.shared, "row_dim": shape.heads.head_dim}
 
     def budget_tokens(self, context: int) -> int:

@@ -35,12 +35,12 @@ class LayerWeights:
 class NativeLayer:
     """`x += out(attention(norm(x))); x += down(gated(mlp_norm(x)))`, in place.
 
-    index: the layer's number in the KV cache; scale: of the scores; window: its sliding window, 0 for none; dtype: of
+    layer: its number in the KV cache; scale: of the scores; window: its sliding window, 0 for none; dtype: of
     activations. Equal to running the parts one by one, but for one rounding less at each sum.
     """
 
     def __init__(
-        self, weights: LayerWeights, heads: Heads, dtype: torch.dtype, index: int, scale: float, window: int
+        self, weights: LayerWeights, heads: Heads, dtype: torch.dtype, layer: int, scale: float, window: int
     ) -> None:
         self.weights = weights  # holds the memory that the native layer points to
         self.dtype = dtype
@@ -62,7 +62,7 @@ class NativeLayer:
             if head_norms
             else (0, 0, 0.0),
             (heads.q_heads, heads.kv_heads, heads.head_dim),
-            index,
+            layer,
             scale,
             window,
         )

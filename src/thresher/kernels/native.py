@@ -16,7 +16,7 @@ MOST_THREADS: int = _native.most_threads
 _DEFAULT_THREADS = torch.get_num_threads()
 _CORES = available_cores()
 
-# The numbers of csrc/kernels.h's `enum class Type`.
+# The numbers of csrc/api/kernels.h's `enum class Type`.
 TYPES = {torch.bfloat16: 0, torch.float32: 1, torch.int8: 2}
 
 

@@ -1,0 +1,105 @@
+// Weight-only linear on panels packed once at load. At one row it streams the weights; at many rows the same packed copy
+// is the right-hand side of a register-blocked product.
+#pragma once
+#include "api/kernels.h"
+#include "host/pool.h"
+#include "isa/element.h"
+#include "isa/namespace.h"
+#include "isa/product.h"
+#include "isa/softmax.h"
+#include "isa/vector.h"
+
+THRESHER_ISA_BEGIN
+
+// act(x) = x sigmoid(u). Of u and -u the exponential of the negative one is taken, which cannot overflow.
+inline vf activate(Activation kind, vf x) {
+  const float log2e = 1.4426950408889634f;
+  vf u = kind == Activation::silu ? x : 2 * 0.7978845608028654f * (x + 0.044715f * x * x * x);
+  vf e = exp2_nonpositive((u < 0.0f ? u : -u) * log2e);
+  return x * (u < 0.0f ? e / (1 + e) : 1 / (1 + e));
+}
+
+// Multiply by the scales and add the bias of one panel, in place.
+inline void finish_panel(const Linear& args, int64_t first, int rows, float* c) {
+  if (!args.scale && !args.bias) return;
+  for (int r = 0; r < rows; ++r)
+    for (int j = 0; j < panel; j += W) {
+      vf x = load<vf>(c + r * panel + j);
+      if (args.scale) x = x * load<vf>(args.scale + first + j);
+      if (args.bias) x = x + load<vf>(args.bias + first + j);
+      store(c + r * panel + j, x);
+    }
+}
+
+// One row of one panel goes to its place, `at` values from the first of y.
+template <class E>
+inline void write_panel(const Linear& args, int64_t at, int columns, const float* c) {
+  typename E::Value* y = (typename E::Value*)args.y + at;
+  const typename E::Value* add = args.add ? (const typename E::Value*)args.add + at : nullptr;
+  if (columns == panel)
+    for (int j = 0; j < panel; j += W)
+      E::put_vector(y + j, add ? load<vf>(c + j) + E::get_vector(add + j) : load<vf>(c + j));
+  else
+    for (int j = 0; j < columns; ++j) E::put(y + j, add ? c[j] + E::get(add + j) : c[j]);
+}
+
+template <class E>
+void linear_panels(const Linear& args, int64_t panel_begin, int64_t panel_end) {
+  typedef typename E::Value Value;
+  const bool gated = args.activation != Activation::none;
+  const int64_t steps = args.in / E::pack, panel_size = steps * panel * E::pack;
+  const int64_t row_chunk = 20 * tile_rows;  // x of one chunk stays in the cache while the panels pass
+  alignas(64) float c[tile_rows * panel], gate[tile_rows * panel];
+  for (int64_t chunk = 0; chunk < args.rows; chunk += row_chunk) {
+    const int64_t chunk_end = chunk + row_chunk < args.rows ? chunk + row_chunk : args.rows;
+    for (int64_t p = panel_begin; p < panel_end; ++p) {
+      const int64_t first = p * panel, packed = gated ? 2 * p : p;
+      const int columns = int(args.out - first < panel ? args.out - first : panel);
+      const typename E::Weight* w = (const typename E::Weight*)args.w + packed * panel_size;
+      for (int64_t row = chunk; row < chunk_end; row += tile_rows) {
+        const int rows = int(chunk_end - row < tile_rows ? chunk_end - row : tile_rows);
+        const Value* x = (const Value*)args.x + row * args.x_stride;
+        if (gated) {
+          tiles<E>(rows, x, args.x_stride, w, panel_size, 1, steps, gate, panel);
+          finish_panel(args, packed * panel, rows, gate);
+          tiles<E>(rows, x, args.x_stride, w + panel_size, panel_size, 1, steps, c, panel);
+          finish_panel(args, (packed + 1) * panel, rows, c);
+          for (int i = 0; i < rows * panel; i += W)
+            store(c + i, activate(args.activation, load<vf>(gate + i)) * load<vf>(c + i));
+        } else {
+          tiles<E>(rows, x, args.x_stride, w, panel_size, 1, steps, c, panel);
+          finish_panel(args, packed * panel, rows, c);
+        }
+        for (int r = 0; r < rows; ++r) {
+          const int64_t at = (row + r) * args.y_stride + first;
+          if (args.y_f32)
+            write_panel<F32>(args, at, columns, c + r * panel);
+          else
+            write_panel<BF16>(args, at, columns, c + r * panel);
+        }
+      }
+    }
+  }
+}
+
+template <class E>
+void linear_threads(const Linear& args) {
+  const int64_t panels = (args.out + panel - 1) / panel;
+  const int64_t panel_bytes = args.in * panel * int64_t(sizeof(typename E::Weight)) * (args.activation == Activation::none ? 1 : 2);
+  // Pieces long enough to be read as a stream, short enough that the threads finish together.
+  const int64_t streamed = (65536 + panel_bytes - 1) / panel_bytes, fair = panels / (int64_t(args.threads) * 8) + 1;
+  parallel_for(panels, streamed < fair ? streamed : fair, args.threads,
+               [&](int64_t begin, int64_t end, int) { linear_panels<E>(args, begin, end); });
+}
+
+void linear(const Linear& args) {
+  if (args.rows == 0) return;
+  if (args.weight == Type::f32)
+    linear_threads<F32>(args);
+  else if (args.weight == Type::bf16)
+    linear_threads<BF16>(args);
+  else
+    linear_threads<Int8>(args);
+}
+
+THRESHER_ISA_END

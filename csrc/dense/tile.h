@@ -1,0 +1,150 @@
+// One tile of query rows against one split of keys and values.
+#pragma once
+#include "api/carver.h"
+#include "api/kernels.h"
+#include "dense/pack.h"
+#include "isa/element.h"
+#include "isa/memory.h"
+#include "isa/namespace.h"
+#include "isa/product.h"
+#include "isa/softmax.h"
+#include "isa/vector.h"
+
+THRESHER_ISA_BEGIN
+
+// Working memory of attend_tile, and the addresses of the rows it reads.
+struct TileScratch {
+  uint32_t* keys;  // packed [split / 32][steps][32] packs
+  void* values;    // packed [ceil(head_dim / 32)][split / pack][32] packs
+  float* scores;   // [tile_rows, split]
+  void* weights;   // [tile_rows, split]
+  float* acc;      // [tile_rows, padded head_dim]
+  const char *key_rows[split + gather_ahead], *value_rows[split + gather_ahead];
+
+  TileScratch(const Attention& args, Carver& c) {
+    const int64_t wide = padded(args.head_dim), value = value_bytes(args.type);
+    c.take(keys, split * args.head_dim * value);
+    c.take(values, split * wide * value);
+    c.take(scores, tile_rows * split * 4);
+    c.take(weights, tile_rows * split * 4);
+    c.take(acc, tile_rows * wide * 4);
+  }
+};
+
+// The keys of [begin, end) that query position q may see, as offsets from begin: [low, high) and the sinks [sink_low, sink_high).
+struct Visible {
+  int low, high, sink_low, sink_high;
+};
+inline int clip(int64_t x, int64_t end) { return int(x < 0 ? 0 : x > end ? end : x); }
+inline Visible visible(int64_t q, int64_t begin, int64_t end, int64_t layer_window, int64_t window, int64_t sinks) {
+  const int64_t n = end - begin, reach = layer_window > 0 ? q - layer_window + 1 : 0;
+  const int64_t recent = window > 0 && q - window + 1 > reach ? q - window + 1 : reach;
+  return {clip(recent - begin, n), clip(q + 1 - begin, n), clip(reach - begin, n),
+          window > 0 ? clip((sinks < q + 1 ? sinks : q + 1) - begin, n) : 0};
+}
+
+// acc[rows, head_dim] = P V for a few rows that fit into registers: values are used as they lie, and nothing is packed.
+// The sums run in the order of tile(), so the bits are the same.
+template <class E, int D, bool Gathered, int R>
+void weigh_rows(const typename E::Value* weights, const char* const* values, const char* const* keys, int count,
+                float* acc, int64_t acc_stride) {
+  typedef typename E::Value Value;
+  constexpr int vectors = D / W;
+  alignas(64) static constexpr Value zeros[D] = {};
+  vf sums[R][vectors] = {};
+  for (int k = 0; k < count; k += E::pack) {
+    if (Gathered) {
+      for (int i = 0; i < E::pack; ++i) prefetch(values[k + i + 16], D * sizeof(Value));
+    } else {
+      prefetch(values[k] + prefetch_distance, E::pack * D * sizeof(Value));
+      prefetch(keys[k] + split * D * sizeof(Value), E::pack * D * sizeof(Value));
+    }
+    const Value* first = (const Value*)values[k];
+    const Value* second = k + 1 < count ? (const Value*)values[k + 1] : zeros;
+    typename E::B rows[vectors];
+    for (int d = 0; d < D; d += panel) E::zip(first + d, second + d, rows + d / W);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      uint32_t x;
+      __builtin_memcpy(&x, weights + r * split + k, 4);
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) sums[r][v] = E::dp(sums[r][v], x, rows[v]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < vectors; ++v) store(acc + r * acc_stride + v * W, sums[r][v]);
+}
+
+// False if so many rows do not fit.
+template <class E, int D, bool Gathered, int R = D ? 24 * W / (D ? D : 1) : 0>
+bool weigh_few_rows(int rows, const typename E::Value* weights, const TileScratch& s, int count, float* acc,
+                    int64_t acc_stride) {
+  if constexpr (R < 1 || W < 16) {
+    return false;
+  } else {
+    if (rows > R) return false;
+    if (rows < R) return weigh_few_rows<E, D, Gathered, R - 1>(rows, weights, s, count, acc, acc_stride);
+    weigh_rows<E, D, Gathered, R>(weights, s.value_rows, s.key_rows, count, acc, acc_stride);
+    return true;
+  }
+}
+
+// D: the head dimension if it is known to the compiler, else 0.
+//
+// One tile of rows against one split: writes max, sum and s.acc[rows, padded head_dim] (not normalised). The first tile
+// packs keys and values as it goes: memory is asked for while the rows that have come are computed. The only tile need
+// not keep what it packed, and stays in the nearest cache.
+//
+// Gathered: rows lie anywhere. `adjust(scores)` may change the products before they become weights.
+template <class E, int D, bool Gathered = false, class Adjust>
+void attend_tile(const Attention& args, TileScratch& s, int rows, const typename E::Value* q, const Visible* see, int keys,
+                 bool first, bool only, float* row_max, float* row_sum, Adjust adjust) {
+  typedef typename E::Value Value;
+  const int64_t dim = D ? D : args.head_dim, wide = padded(dim), steps = dim / E::pack;
+  const int key_end = int(padded(keys)), chunk = first ? 2 * panel : split;
+  for (int k = 0; k < keys; k += chunk) {
+    const int n = keys - k < chunk ? keys - k : chunk;
+    uint32_t* packed = s.keys + (only ? 0 : k * steps);
+    if (first) pack_keys<Gathered>(s.key_rows + k, n, steps, packed);
+    if (Gathered && first)
+      for (int i = 0; i < n; ++i) prefetch(s.value_rows[k + i], dim * sizeof(Value));
+    tiles<E>(rows, q, dim, (const Value*)packed, steps * panel * E::pack, int(padded(n)) / panel, steps,
+             s.scores + k, split);
+  }
+  adjust(s.scores);
+  const float scale = args.scale * log2_e;
+  Value* weights = (Value*)s.weights;
+  for (int r = 0; r < rows; ++r) {
+    float* x = s.scores + r * split;
+    const Visible& v = see[r];
+    for (int k = 0; k < v.low; ++k)
+      if (k < v.sink_low || k >= v.sink_high) x[k] = -infinity();
+    for (int k = v.high; k < key_end; ++k) x[k] = -infinity();
+    vf best = splat(-infinity());
+    for (int k = 0; k < key_end; k += W) {
+      vf y = load<vf>(x + k) * scale;
+      best = y > best ? y : best;
+      store(x + k, y);
+    }
+    const float m = max(best);
+    row_max[r] = m;
+    const vf shift = splat(m == -infinity() ? 0.0f : m);
+    vf total = {};
+    for (int k = 0; k < key_end; k += W) {
+      vf p = exp2_nonpositive(load<vf>(x + k) - shift);
+      E::put_vector(weights + r * split + k, p);
+      total += E::rounded(p);  // the weights that are used add up to the sum they are divided by
+    }
+    row_sum[r] = sum(total);
+  }
+  if (only && weigh_few_rows<E, D, Gathered>(rows, weights, s, keys, s.acc, wide)) return;
+  for (int k = 0; k < keys; k += chunk) {
+    const int n = keys - k < chunk ? keys - k : chunk;
+    Value* packed = (Value*)s.values + (only ? 0 : k * panel);
+    if (first) pack_values<Gathered>(E(), s.value_rows + k, s.key_rows + k, n, dim, packed);
+    tiles<E>(rows, weights + k, split, packed, panel * split, int(wide / panel),
+             (n + E::pack - 1) / E::pack, s.acc, wide, k > 0);
+  }
+}
+
+THRESHER_ISA_END

@@ -1,0 +1,106 @@
+// Element types: how a value is read and written, and how a step of a packed panel (W packs) is loaded and multiplied with one
+// broadcast pack of x. A pack is 32 bits: two bf16 values or one f32.
+#pragma once
+#include "api/kernels.h"
+#include "isa/namespace.h"
+#include "isa/vector.h"
+
+THRESHER_ISA_BEGIN
+
+inline float bf16_to_float(uint16_t h) {
+  uint32_t u = uint32_t(h) << 16;
+  float f;
+  __builtin_memcpy(&f, &u, 4);
+  return f;
+}
+inline uint16_t float_to_bf16(float f) {
+  uint32_t u;
+  __builtin_memcpy(&u, &f, 4);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return uint16_t((u >> 16) | 64);  // NaN stays NaN
+  return uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+inline vf load_bf16(const uint16_t* p) { return as_float(__builtin_convertvector(load<vh>(p), vu) << 16); }
+inline vh to_bf16(vf x) {  // round to nearest even; NaN stays NaN
+  const vu u = (vu)x, rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(x == x ? rounded : rounded - rounded + 0x7fc0u, vh);
+}
+
+#if defined(__AVX512BW__)
+// Orders for vpermt2w that interleave two rows of 16-bit values.
+alignas(64) constexpr uint16_t zip_low[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                              8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+alignas(64) constexpr uint16_t zip_high[32] = {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+                                               24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+#endif
+
+struct F32 {
+  typedef float Value;   // of x
+  typedef float Weight;  // of the packed panel
+  static constexpr int pack = 1;
+  typedef vf B;
+  static B load_b(const Weight* p) { return load<vf>(p); }
+  static void zip(const Value* first, const Value*, B* out) {  // 32 columns of a row as a step
+    for (int j = 0; j < panel / W; ++j) out[j] = load<vf>(first + j * W);
+  }
+  static vf dp(vf acc, uint32_t a, B b) { return acc + as_float(splat_bits(a)) * b; }
+  static float get(const Value* p) { return *p; }
+  static void put(Value* p, float x) { *p = x; }
+  static vf get_vector(const Value* p) { return load<vf>(p); }
+  static void put_vector(Value* p, vf x) { store(p, x); }
+  static vf rounded(vf x) { return x; }
+};
+
+struct BF16 {
+  typedef uint16_t Value;
+  typedef uint16_t Weight;
+  static constexpr int pack = 2;
+  static float get(const Value* p) { return bf16_to_float(*p); }
+  static void put(Value* p, float x) { *p = float_to_bf16(x); }
+  static vf get_vector(const Value* p) { return load_bf16(p); }
+  static void put_vector(Value* p, vf x) { store(p, to_bf16(x)); }
+  static vf rounded(vf x) { return as_float(__builtin_convertvector(to_bf16(x), vu) << 16); }
+#if defined(__AVX512BF16__)
+  typedef __m512bh B;
+  static B load_b(const Weight* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static void zip(const Value* first, const Value* second, B* out) {  // 32 columns of two rows as a step
+    const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+    out[0] = (__m512bh)_mm512_permutex2var_epi16(a, _mm512_load_si512(zip_low), b);
+    out[1] = (__m512bh)_mm512_permutex2var_epi16(a, _mm512_load_si512(zip_high), b);
+  }
+  static vf dp(vf acc, uint32_t a, B b) {
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(int(a)), b);
+  }
+#else
+  struct B {
+    vf low, high;
+  };
+  static B load_b(const Weight* p) {
+    vu packed = load<vu>(p);
+    return {as_float(packed << 16), as_float(packed & 0xffff0000u)};
+  }
+  static void zip(const Value* first, const Value* second, B* out) {
+    for (int j = 0; j < panel / W; ++j) out[j] = {load_bf16(first + j * W), load_bf16(second + j * W)};
+  }
+  static vf dp(vf acc, uint32_t a, B b) {
+    acc += as_float(splat_bits(a << 16)) * b.low;
+    return acc + as_float(splat_bits(a & 0xffff0000u)) * b.high;
+  }
+#endif
+};
+
+struct Int8 : BF16 {  // x is bf16; a weight is an integer of 8 bits, exact in bf16
+  typedef int8_t Weight;
+  static B load_b(const Weight* p) {
+#if defined(__AVX512BF16__)
+    __m256i bytes = _mm256_loadu_si256((const __m256i*)p);
+    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
+    __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
+    return _mm512_cvtne2ps_pbh(high, low);
+#else
+    vi packed = __builtin_convertvector(load<vh>(p), vi);
+    return {__builtin_convertvector((packed << 24) >> 24, vf), __builtin_convertvector((packed << 16) >> 24, vf)};
+#endif
+  }
+};
+
+THRESHER_ISA_END
