@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 
 SOURCES := $(wildcard csrc/*.* csrc/*/*) CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: help install test check demo sanitize tsan clean
+.PHONY: help install test check demo sanitize sweep tsan clean
 help:  ## List what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -58,6 +58,9 @@ tsan: install  ## Thread tests under ThreadSanitizer
 	  PYTHONPATH=$(THREADED):$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])') \
 	  setarch -R $$($(BIN)/python -c 'import sys; print(sys._base_executable)') -m pytest -p no:cacheprovider \
 	  tests/kernels/test_threads.py tests/attention -k "thread or workspace or callers or number or forked"
+
+sweep: install  ## Every causal class of transformers, made tiny: writes docs/models.md
+	$(BIN)/python tests/models/sweep.py --write docs/models.md
 
 clean:  ## Remove what was built (not the model cache)
 	rm -rf build $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
