@@ -1,6 +1,6 @@
 """Real models from GGUF files, in every weight format, against transformers on the same weights.
 
-THRESHER_REAL_MODELS names a folder with GGUF files (those of docs/results.md: Gemma-3-270M, Qwen2.5-Coder 0.5B and 1.5B).
+THRESHER_REAL_MODELS names a folder with GGUF files; docs/results.md says which ones were tried.
 Run as a script it prints the figures: `python tests/models/test_real_models.py FILE.gguf ...`.
 """
 
