@@ -54,7 +54,7 @@ THREADED := build/threaded
 tsan: install  ## Thread tests under ThreadSanitizer
 	$(PIP) --no-build-isolation --no-deps --upgrade --target $(THREADED) -C build-dir=build/tsan \
 	  -C cmake.define.THRESHER_SANITIZE=thread .
-	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" TSAN_OPTIONS=halt_on_error=1 OMP_NUM_THREADS=1 \
+	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 OMP_NUM_THREADS=1 \
 	  PYTHONPATH=$(THREADED):$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])') \
 	  setarch -R $$($(BIN)/python -c 'import sys; print(sys._base_executable)') -m pytest -p no:cacheprovider \
 	  tests/kernels/test_threads.py tests/attention -k "thread or workspace or callers or number or forked"
