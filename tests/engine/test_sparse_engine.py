@@ -163,9 +163,10 @@ def test_sliding_layers_stay_dense(tmp_path_factory, architecture):
             same = torch.equal(captured.outputs[layer], captured.dense[layer])
             assert same == (layer in sliding), name
         assert sequence.index.readings().readings == (4 - len(sliding)) * 2
-    dense = tokens(llm.generate([ids], SAMPLED[2]))
-    llm.attention = parse_method(SPARSE["topk"])
-    assert (tokens(llm.generate([ids], SAMPLED[2])) == dense) == (architecture == "mistral")
+    if architecture == "mistral":  # a tiny Gemma may say the same for other reasons; its layers are compared above
+        dense = tokens(llm.generate([ids], SAMPLED[2]))
+        llm.attention = parse_method(SPARSE["topk"])
+        assert tokens(llm.generate([ids], SAMPLED[2])) == dense
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"dense", "streaming", "topk", "sample"}))
