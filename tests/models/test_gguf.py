@@ -22,6 +22,8 @@ from thresher.models.gguf_config import model_config
 from thresher.models.gguf_header import Header, TensorInfo, check_header
 from thresher.models.gguf_import import import_gguf
 from thresher.models.gguf_tokenizer import PATTERNS, _sentencepiece, gguf_tokenizer
+from thresher.models.load import load_tokenizer
+from thresher.models.resolve import ModelSource
 
 
 @pytest.fixture
@@ -318,10 +320,12 @@ def test_tokenizer_keys_that_change_nothing(convert):
     assert convert(values=values | {"tokenizer.chat_template.tools": "x", "tokenizer.ggml.add_sep_token": False})
 
 
-def tokens(folder, text):
-    from transformers import AutoTokenizer
+def tokenizer_of(folder):
+    return load_tokenizer(ModelSource("m", folder, gguf=folder))
 
-    return AutoTokenizer.from_pretrained(folder).tokenize(text)
+
+def tokens(folder, text):
+    return tokenizer_of(folder).tokenize(text)
 
 
 @pytest.mark.parametrize(("pre", "expected"), [("smollm", ["ĊĊ", "1", "."]), ("gpt-2", ["Ċ", "Ċ", "1", "."])])
@@ -371,10 +375,8 @@ def test_patterns(pre, expected):
 
 def test_control_tokens_outside_of_the_alphabet(convert, monkeypatch):
     """As DeepSeek's: found whole in a text, with the id that the file gives them."""
-    from transformers import AutoTokenizer
-
     monkeypatch.setattr(tiny_gguf, "TOKENS", [*tiny_gguf.TOKENS[:257], "<\uff5cturn\uff5c>", tiny_gguf.TOKENS[258]])
-    tokenizer = AutoTokenizer.from_pretrained(convert())
+    tokenizer = tokenizer_of(convert())
     assert tokenizer("a<\uff5cturn\uff5c>", add_special_tokens=False).input_ids == [64, 257]
     assert len(tokenizer) == 259
 
@@ -400,10 +402,8 @@ def test_tokens_of_the_embedded_model():
 )
 def test_spaces_of_sentencepiece(convert, prefix, expected):
     """Ids as llama.cpp gives them; text comes back as it was."""
-    from transformers import AutoTokenizer
-
     folder = convert(sentencepiece=True, values={"tokenizer.ggml.add_space_prefix": prefix})
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_of(folder)
     assert {text: tokenizer(text, add_special_tokens=False).input_ids for text in expected} == expected
     assert all(tokenizer.decode(ids) == text for text, ids in expected.items())
     assert tokenizer("ab").input_ids[0] == 1
@@ -419,25 +419,22 @@ def test_runs_of_spaces():
     assert backend.decode([len(tokens) - 1, tokens.index("▁a")]) == "    a"
 
 
-def test_a_tokenizer_that_transformers_reads_otherwise(convert):
+@pytest.mark.parametrize(("pre", "expected"), [("qwen2", ["ĊĊ", "1"]), ("gpt-2", ["Ċ", "Ċ", "1"])])
+def test_tokens_are_those_of_the_file_whatever_the_model(convert, pre, expected):
+    """transformers takes a tokenizer by the model's type: Qwen's cuts digits its own way, and composes letters."""
     biases = {
         f"blk.{i}.attn_{part}.bias": np.zeros(tiny_gguf.HIDDEN, np.float32)
         for i in range(tiny_gguf.LAYERS)
         for part in "qkv"
     }
-    assert convert(architecture="qwen2", pre="qwen2", tensors=biases)
-    with pytest.raises(UnsupportedModelError, match=r"takes Qwen2Tokenizer for a tokenizer of 'gpt-2'"):
-        convert(architecture="qwen2", pre="gpt-2", tensors=biases)
+    folder = convert(architecture="qwen2", pre=pre, tensors=biases)
+    assert tokens(folder, "\n\n1") == expected
+    apart = "e\u0301"
+    assert tokenizer_of(folder).decode(tokenizer_of(folder)(apart).input_ids) == apart
 
 
 def test_end_of_turn(convert):
     folder = convert(values={"tokenizer.ggml.eot_token_id": 257})
-    assert read(folder, "generation_config.json")["eos_token_id"] == [256, 257]
-
-
-def test_end_of_turn_by_the_chat_template(convert):
-    template = "{% for m in messages %}{{ m['content'] }}<|turn|>{% endfor %}"
-    folder = convert(values={"tokenizer.chat_template": template})
     assert read(folder, "generation_config.json")["eos_token_id"] == [256, 257]
 
 

@@ -109,7 +109,7 @@ def test_the_whole_model_is_checked_once(tmp_path, monkeypatch):
     folder = save(tmp_path / "model")
     said = []
     first = LLM(folder, weights="bf16", progress=said.append).model.check
-    assert first.swapped
+    assert first.packed == "bf16"
     assert 0 < first.layers < 0.01
     assert any("checking" in message for message in said)
     said.clear()
@@ -133,13 +133,63 @@ def test_wrong_native_layers_are_undone_and_a_wrong_attention_is_refused(tmp_pat
     said = []
     make = lambda: tiny_module("llama")  # noqa: E731
     model = checked(make, byte_tokenizer(), "tiny", "float32", said.append)
-    assert not model.check.swapped
+    assert model.check.packed is None
     assert any("native float32 layers give other answers" in message for message in said)
     assert model.check.layers < 1e-6
     monkeypatch.setattr(load_module, "own_logits", lambda module, ids: torch.randn(len(ids), SMALL["vocab_size"]))
     monkeypatch.setenv("THRESHER_CACHE", str(tmp_path / "other"))
     with pytest.raises(UnsupportedModelError, match="not those of transformers"):
         checked(make, byte_tokenizer(), "tiny", "float32")
+
+
+def wrong_in(monkeypatch, *formats):
+    """Native layers that give other answers in some weight formats, and right ones in the others."""
+    stock = load_module.fuse
+
+    def fuse(module, dtype, *rest):
+        if dtype in formats:
+            module.get_output_embeddings().weight.data[5:9] += 2.0
+        return stock(module, dtype, *rest)
+
+    monkeypatch.setattr(load_module, "fuse", fuse)
+
+
+def half():
+    return tiny_module("llama").to(torch.bfloat16)
+
+
+def test_layers_that_are_wrong_only_in_bf16_are_found(tmp_path, monkeypatch):
+    """The judge says that they are right in float32; they are further off than rounding takes transformers' own."""
+    monkeypatch.setenv("THRESHER_CACHE", str(tmp_path))
+    wrong_in(monkeypatch, torch.bfloat16)
+    model = checked(half, byte_tokenizer(), "tiny", "bf16")
+    assert model.check.packed is None
+    assert model.check.layers < 0.01
+    again = checked(half, byte_tokenizer(), "tiny", "bf16")
+    assert again.check == model.check
+    assert len(again.stock_modules) == len(model.stock_modules)
+
+
+def test_bf16_layers_where_int8_loses_too_much(tmp_path, monkeypatch):
+    monkeypatch.setenv("THRESHER_CACHE", str(tmp_path))
+    wrong_in(monkeypatch, torch.int8)
+    said = []
+    model = checked(half, byte_tokenizer(), "tiny", "int8", said.append)
+    assert (model.weights, model.check.packed) == ("bf16", "bf16")
+    assert model.stack is not None
+    assert any("native int8 layers give other answers" in message for message in said)
+    assert checked(half, byte_tokenizer(), "tiny", "int8").weights == "bf16"
+
+
+def test_the_judge_is_not_loaded_without_memory_for_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("THRESHER_CACHE", str(tmp_path))
+    monkeypatch.setattr(load_module, "available_memory", lambda: 0)
+    monkeypatch.setattr(load_module, "SWAPPED_BOUND", {"bf16": 0.0})
+    assert checked(half, byte_tokenizer(), "tiny", "bf16").check.packed is None
+    monkeypatch.undo()
+    monkeypatch.setenv("THRESHER_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr(load_module, "SWAPPED_BOUND", {"bf16": 0.0})
+    assert checked(half, byte_tokenizer(), "tiny", "bf16").check.packed == "bf16"
 
 
 def test_ends_of_an_answer():

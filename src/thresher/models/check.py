@@ -22,10 +22,11 @@ from thresher.models.resolve import cache_folder
 
 # Mean KL, nats a token, up to which stock layers on our attention, and native layers, count as right without more ado.
 # Trained models are at 0.001 in bf16. Some amplify rounding (they choose experts by it): if all is right in float32,
-# as much as ROUNDED counts as right, or twice what rounding does to transformers' own forward.
+# JUDGED counts as right, or a few times what rounding does to transformers' own forward.
 BOUND = {"float32": 1e-3, "bf16": 0.03, "int8": 0.03}
 SWAPPED_BOUND = {"float32": 1e-3, "bf16": 0.03, "int8": 0.15}
-ROUNDED = 0.3
+JUDGED = {"bf16": 0.03, "int8": 0.3}
+AMPLIFIED = 4
 
 TOKENS = 48
 LONGEST = 512  # for a model whose window is small enough to be looked beyond
@@ -40,12 +41,13 @@ TEXT = (
 class Check:
     """Mean KL (nats a token) of transformers' own forward over ours, both in the loaded dtype, on a short text.
 
-    attention: stock layers on our attention. layers: what runs, native layers or (`swapped` is False) stock ones.
+    attention: stock layers on our attention. layers: what runs, native layers with their weights in the format
+    `packed` (bf16 where int8 loses too much), or stock ones if that is None.
     """
 
     attention: float
     layers: float
-    swapped: bool
+    packed: str | None
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,10 @@ class Referee:
     attention: float
     layers: float
 
-    def accepts(self, logits: torch.Tensor) -> bool:
+    def accepts(self, logits: torch.Tensor, weights: str) -> bool:
         """Whether our computation is right in float32, and these logits are as far from it as rounding can explain."""
         return max(self.attention, self.layers) <= BOUND["float32"] and (
-            divergence(self.logits, logits) <= max(ROUNDED, 2 * self.rounding)
+            divergence(self.logits, logits) <= max(JUDGED[weights], AMPLIFIED * self.rounding)
         )
 
 
@@ -132,10 +134,11 @@ def read_check(file: Path) -> Check | None:
     """The result of an earlier load, or None. A file that cannot be read or understood is none."""
     try:
         found = json.loads(file.read_text())
-        check = Check(float(found["attention"]), float(found["layers"]), found["swapped"])
+        check = Check(float(found["attention"]), float(found["layers"]), found["packed"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return check if isinstance(check.swapped, bool) and math.isfinite(check.attention + check.layers) else None
+    known = check.packed is None or check.packed in BOUND
+    return check if known and math.isfinite(check.attention + check.layers) else None
 
 
 def write_check(file: Path, check: Check) -> None:

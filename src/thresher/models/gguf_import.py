@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from thresher.errors import ModelError, StorageError, UnsupportedModelError
+from thresher.errors import ModelError, StorageError
 from thresher.models.gguf_config import ROPE_TENSORS, architecture_of, model_config, refuse, some, unknown_groups
 from thresher.models.gguf_header import Header, TensorInfo, check_header
 from thresher.models.gguf_tokenizer import check_tokenizer_keys, end_tokens, gguf_tokenizer
@@ -125,7 +125,7 @@ def _convert(header: Header, folder: Path, warn: Callable[[str], None]) -> None:
         model.generation_config = GenerationConfig(
             bos_token_id=config.bos_token_id,
             pad_token_id=config.pad_token_id,
-            eos_token_id=end_tokens(header, tokenizer) or None,
+            eos_token_id=end_tokens(header) or None,
         )
         if unknown := unknown_groups(header):
             warn(f"keys that no reader asks for: {some(unknown)}")
@@ -142,29 +142,6 @@ def _convert(header: Header, folder: Path, warn: Callable[[str], None]) -> None:
     except Exception as error:  # the libraries in Rust raise types of their own for a full disk
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise StorageError(f"{folder.parent}: {reason}; set THRESHER_CACHE to a folder with space") from error
-    _check_round_trip(header, folder, tokenizer)
-
-
-# Digits, spaces, lines and letters of several kinds: what ways of cutting text differ in.
-PROBE = "It's aB'S 12345.6!?\n\n  1. x=f(y)\t// Zoë's\r\n\n   中文字 кот  "
-
-
-def _check_round_trip(header: Header, folder: Path, tokenizer: Any) -> None:
-    """transformers goes by the model's type, too, and may read another tokenizer than was saved."""
-    from transformers import AutoTokenizer
-
-    read = AutoTokenizer.from_pretrained(folder)
-    if _cut(read) != _cut(tokenizer):
-        cut = header.values.get("tokenizer.ggml.pre")
-        raise UnsupportedModelError(
-            f"{header.path}: transformers takes {type(read).__name__} for a tokenizer of {cut!r:.40} "
-            "(tokenizer.ggml.pre), with other tokens; give the model's Hugging Face folder"
-        )
-
-
-def _cut(tokenizer: Any) -> tuple[list[int], Any]:
-    splitter = tokenizer.backend_tokenizer.pre_tokenizer
-    return tokenizer(PROBE).input_ids, splitter and splitter.pre_tokenize_str(PROBE)
 
 
 def _load(header: Header, config: Any) -> Any:

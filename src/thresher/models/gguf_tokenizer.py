@@ -161,22 +161,11 @@ def gguf_tokenizer(header: Header, warn: Callable[[str], None]) -> Any:
     return tokenizer
 
 
-def end_tokens(header: Header, tokenizer: Any) -> list[int]:
-    """The ids that end an answer: end of sequence, of turn and of message, and what the chat template puts there."""
+def end_tokens(header: Header) -> list[int]:
+    """The ids that end an answer: end of sequence, of turn and of message. What the chat template puts there is found
+    when the model is loaded."""
     ids = (header.values.get(f"tokenizer.ggml.{name}_token_id") for name in END_TOKENS)
-    return sorted({number for number in ids if number is not None} | _turn_end(tokenizer))
-
-
-def _turn_end(tokenizer: Any) -> set[int]:
-    answer = "ANSWER"
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception:  # no template, or one that wants more than this: turns then end with what the file names
-        return set()
-    added = tokenizer.added_tokens_decoder
-    after = tokenizer(text.rpartition(answer)[2].lstrip(), add_special_tokens=False).input_ids[:1]
-    return {token for token in after if token in added and added[token].special}
+    return sorted({number for number in ids if number is not None})
 
 
 def _length(listed: Any) -> int:

@@ -89,7 +89,7 @@ def load(
     """
     if weights not in WEIGHTS:
         raise UsageError(f"weights '{weights}': choose one of {', '.join(WEIGHTS)}")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     def make() -> Any:
         with redirect_stderr(io.StringIO()), _ClearErrors(source):
@@ -105,19 +105,27 @@ def load(
         return module.eval()
 
     with redirect_stderr(io.StringIO()), _ClearErrors(source):
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        tokenizer = load_tokenizer(source, trust_remote_code)
     model = checked(make, tokenizer, source.name, weights, progress)
     return replace(model, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer))
+
+
+def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder. Of one converted from GGUF just what was written: transformers would go by the model's
+    type, and for Qwen put text into Unicode's composed form before it is cut, which the file does not ask for."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if source.gguf:
+        return PreTrainedTokenizerFast.from_pretrained(source.folder, local_files_only=True)
+    return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)
 
 
 def checked(
     make: Callable[[], Any], tokenizer: Any, name: str, weights: str, progress: Progress = lambda message: None
 ) -> Model:
     """Prepare the module that `make` gives, and compare it with what it was: first on our attention, then on our
-    layers. It is made again if native layers turn out wrong, or a float32 copy is needed to judge: keeping more than
-    one would take the memory.
+    layers. Where int8 loses too much native bf16 layers are tried, and stock ones if those are wrong. The module is
+    made again for that, or if a float32 copy is needed to judge: keeping more than one would take the memory.
 
     Raises UnsupportedModelError if transformers' own layers on our attention give other answers, ModelError if weights
     are not numbers.
@@ -128,11 +136,13 @@ def checked(
     check_config(config)
     fingerprint = model_fingerprint(module.config, module.state_dict())
     file = check_file(module, fingerprint, weights)
+    stock = "float32" if weights == "float32" else "bf16"  # the format of transformers' own layers
     if known := read_check(file):
-        return replace(prepare(module, tokenizer, name, weights, known.swapped), check=known)
+        return replace(prepare(module, tokenizer, name, known.packed or stock, bool(known.packed)), check=known)
     progress(f"checking {name} in {weights} against transformers (once)")
     token_ids = sample_tokens(tokenizer, config)
     kind = type(module).__name__
+    size = sum(p.numel() * p.element_size() for p in module.parameters())
     try:
         reference = own_logits(module, token_ids)
     except Exception as error:  # of a model's own code anything may come
@@ -140,9 +150,10 @@ def checked(
 
     @cache
     def referee() -> Referee | None:
-        return _referee(make, tokenizer, name, token_ids, reference)
+        # Loading, and a copy of twice the size beside it.
+        return _referee(make, tokenizer, name, token_ids, reference) if 3 * size <= available_memory() else None
 
-    def judged(model: Model, bound: float) -> tuple[float, bool]:
+    def judged(model: Model, bound: dict[str, float]) -> tuple[float, bool]:
         """KL to transformers' own forward, and whether the model passes."""
         try:
             logits = _logits(model, token_ids)
@@ -151,25 +162,30 @@ def checked(
         except Exception:
             return math.inf, False
         kl = divergence(reference, logits)
-        if kl <= bound or weights == "float32":
-            return kl, kl <= bound
+        if kl <= bound[model.weights] or model.weights == "float32":
+            return kl, kl <= bound[model.weights]
         judge = referee() if logits.isfinite().all() else None
-        return kl, judge is not None and judge.accepts(logits)
+        return kl, judge is not None and judge.accepts(logits, model.weights)
 
     model = prepare(module, tokenizer, name, weights, swap=False)
-    attention, right = judged(model, BOUND[weights])
+    attention, right = judged(model, BOUND)
     if not right:
         raise UnsupportedModelError(
             f"{kind}: on Thresher's attention its answers are not those of transformers (KL {attention:.2g})"
         )
-    model = prepare(module, tokenizer, name, weights)
-    layers, right = judged(model, SWAPPED_BOUND[weights])
-    check = Check(attention, layers, swapped=True)
-    if not right:
-        progress(f"{name}: native {weights} layers give other answers (KL {layers:.2g}); transformers' own are used")
+    for packed in ("int8", "bf16") if weights == "int8" else (weights,):
+        model = prepare(module, tokenizer, name, packed)
+        layers, right = judged(model, SWAPPED_BOUND)
+        check = Check(attention, layers, packed)
+        if right:
+            break
+        progress(f"{name}: native {packed} layers give other answers (KL {layers:.2g}) and are not used")
         del model, module
-        model = prepare(make(), tokenizer, name, weights, swap=False)
-        check = Check(attention, attention, swapped=False)
+        module = make()
+    else:
+        progress(f"{name}: runs on the layers of transformers")
+        model = prepare(module, tokenizer, name, stock, swap=False)
+        check = Check(attention, attention, packed=None)
     write_check(file, check)
     return replace(model, check=check)
 
@@ -180,12 +196,9 @@ def _logits(model: Model, token_ids: torch.Tensor) -> torch.Tensor:
 
 def _referee(
     make: Callable[[], Any], tokenizer: Any, name: str, token_ids: torch.Tensor, reference: torch.Tensor
-) -> Referee | None:
-    """The model in float32 as the judge; None if there is not the memory for it."""
-    module = make()
-    if 3 * sum(p.numel() * p.element_size() for p in module.parameters()) > available_memory():
-        return None
-    module = module.float()
+) -> Referee:
+    """The model in float32 as the judge."""
+    module = make().float()
     logits = own_logits(module, token_ids)
     ours = []
     for swap in (False, True):
