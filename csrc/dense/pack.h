@@ -9,7 +9,7 @@
 THRESHER_ISA_BEGIN
 
 #if defined(__AVX512F__)
-// 16 rows of 16 packs, transposed: the columns become rows of 32 packs' stride.
+// 16 rows of W packs, transposed: the columns become rows of 32 packs' stride.
 ALWAYS_INLINE void transpose16(const char* const* rows, int64_t byte_offset, uint32_t* out) {
   __m512i r[16], t[16];
   for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows[i] + byte_offset);
@@ -36,6 +36,27 @@ ALWAYS_INLINE void transpose16(const char* const* rows, int64_t byte_offset, uin
     _mm512_storeu_si512(out + (i + 12) * panel, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
   }
 }
+#elif defined(__AVX2__)
+// 8 rows of 8 packs, transposed, twice.
+ALWAYS_INLINE void transpose16(const char* const* rows, int64_t byte_offset, uint32_t* out) {
+  for (int half = 0; half < 16; half += 8) {
+    vu r[8], t[8];
+    for (int i = 0; i < 8; ++i) r[i] = load<vu>(rows[half + i] + byte_offset);
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = __builtin_shuffle(r[i], r[i + 1], vu{0, 8, 1, 9, 4, 12, 5, 13});
+      t[i + 1] = __builtin_shuffle(r[i], r[i + 1], vu{2, 10, 3, 11, 6, 14, 7, 15});
+    }
+    for (int i = 0; i < 8; i += 4)
+      for (int j = 0; j < 2; ++j) {
+        r[i + 2 * j] = __builtin_shuffle(t[i + j], t[i + j + 2], vu{0, 1, 8, 9, 4, 5, 12, 13});
+        r[i + 2 * j + 1] = __builtin_shuffle(t[i + j], t[i + j + 2], vu{2, 3, 10, 11, 6, 7, 14, 15});
+      }
+    for (int i = 0; i < 4; ++i) {
+      store(out + half + i * panel, __builtin_shuffle(r[i], r[i + 4], vu{0, 1, 2, 3, 8, 9, 10, 11}));
+      store(out + half + (i + 4) * panel, __builtin_shuffle(r[i], r[i + 4], vu{4, 5, 6, 7, 12, 13, 14, 15}));
+    }
+  }
+}
 #endif
 
 constexpr int gather_ahead = 64;  // row addresses behind the last one, for prefetching
@@ -53,9 +74,9 @@ ALWAYS_INLINE void pack_keys(const char* const* rows, int count, int64_t steps, 
       else if (present > 0)
         prefetch(rows[begin] + prefetch_distance, present * steps * 4);
       int64_t s = 0;
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
       if (present == 16)
-        for (; s + 16 <= steps; s += 16) transpose16(rows + begin, s * 4, to + s * panel + half);
+        for (; s + W <= steps; s += W) transpose16(rows + begin, s * 4, to + s * panel + half);
 #endif
       for (int i = 0; i < 16; ++i)
         for (int64_t j = s; j < steps; ++j) {

@@ -43,43 +43,56 @@ inline Visible visible(int64_t q, int64_t begin, int64_t end, int64_t layer_wind
           window > 0 ? clip((sinks < q + 1 ? sinks : q + 1) - begin, n) : 0};
 }
 
+// Columns of values that a pass of weigh_rows takes, so that its sums stay in registers.
+constexpr int weigh_columns(int head_dim, int rows) {
+  int columns = head_dim;
+  while (columns > panel && rows * columns / W > accumulators) columns /= 2;
+  return columns;
+}
+
+// The most rows whose values need not be packed. With wide vectors only what takes one pass.
+constexpr int weigh_most(int head_dim) { return accumulators * W / (W == 16 ? head_dim : panel); }
+
 // acc[rows, head_dim] = P V for a few rows that fit into registers: values are used as they lie, and nothing is packed.
 // The sums run in the order of tile(), so the bits are the same.
 template <class E, int D, bool Gathered, int R>
 void weigh_rows(const typename E::Value* weights, const char* const* values, const char* const* keys, int count,
                 float* acc, int64_t acc_stride) {
   typedef typename E::Value Value;
-  constexpr int vectors = D / W;
+  constexpr int columns = weigh_columns(D, R), vectors = columns / W;
   alignas(64) static constexpr Value zeros[D] = {};
-  vf sums[R][vectors] = {};
-  for (int k = 0; k < count; k += E::pack) {
-    if (Gathered) {
-      for (int i = 0; i < E::pack; ++i) prefetch(values[k + i + 16], D * sizeof(Value));
-    } else {
-      prefetch(values[k] + prefetch_distance, E::pack * D * sizeof(Value));
-      prefetch(keys[k] + split * D * sizeof(Value), E::pack * D * sizeof(Value));
-    }
-    const Value* first = (const Value*)values[k];
-    const Value* second = k + 1 < count ? (const Value*)values[k + 1] : zeros;
-    typename E::B rows[vectors];
-    for (int d = 0; d < D; d += panel) E::zip(first + d, second + d, rows + d / W);
+  for (int begin = 0; begin < D; begin += columns) {
+    vf sums[R][vectors] = {};
+    for (int k = 0; k < count; k += E::pack) {
+      if (begin > 0) {  // all has been asked for
+      } else if (Gathered) {
+        for (int i = 0; i < E::pack; ++i) prefetch(values[k + i + 16], D * sizeof(Value));
+      } else {
+        prefetch(values[k] + prefetch_distance, E::pack * D * sizeof(Value));
+        prefetch(keys[k] + split * D * sizeof(Value), E::pack * D * sizeof(Value));
+      }
+      const Value* first = (const Value*)values[k] + begin;
+      const Value* second = k + 1 < count ? (const Value*)values[k + 1] + begin : zeros;
+      typename E::B rows[vectors];
+      for (int d = 0; d < columns; d += panel) E::zip(first + d, second + d, rows + d / W);
 #pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
-      uint32_t x;
-      __builtin_memcpy(&x, weights + r * split + k, 4);
+      for (int r = 0; r < R; ++r) {
+        uint32_t x;
+        __builtin_memcpy(&x, weights + r * split + k, 4);
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) sums[r][v] = E::dp(sums[r][v], x, rows[v]);
+        for (int v = 0; v < vectors; ++v) sums[r][v] = E::dp(sums[r][v], x, rows[v]);
+      }
     }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < vectors; ++v) store(acc + r * acc_stride + begin + v * W, sums[r][v]);
   }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < vectors; ++v) store(acc + r * acc_stride + v * W, sums[r][v]);
 }
 
 // False if so many rows do not fit.
-template <class E, int D, bool Gathered, int R = D ? 24 * W / (D ? D : 1) : 0>
+template <class E, int D, bool Gathered, int R = D ? weigh_most(D ? D : 1) : 0>
 bool weigh_few_rows(int rows, const typename E::Value* weights, const TileScratch& s, int count, float* acc,
                     int64_t acc_stride) {
-  if constexpr (R < 1 || W < 16) {
+  if constexpr (R < 1) {
     return false;
   } else {
     if (rows > R) return false;

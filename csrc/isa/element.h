@@ -19,7 +19,15 @@ inline uint16_t float_to_bf16(float f) {
   if ((u & 0x7fffffffu) > 0x7f800000u) return uint16_t((u >> 16) | 64);  // NaN stays NaN
   return uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
-inline vf load_bf16(const uint16_t* p) { return as_float(__builtin_convertvector(load<vh>(p), vu) << 16); }
+inline vi load_widened(const void* p) {  // W integers of 16 bits
+#if defined(__AVX2__) && !defined(__AVX512F__)  // GCC 12 would widen them in halves
+  return (vi)_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+  typedef int16_t narrow __attribute__((vector_size(2 * W)));
+  return __builtin_convertvector(load<narrow>(p), vi);
+#endif
+}
+inline vf load_bf16(const uint16_t* p) { return (vf)(load_widened(p) << 16); }
 inline vh to_bf16(vf x) {  // round to nearest even; NaN stays NaN
   const vu u = (vu)x, rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   return __builtin_convertvector(x == x ? rounded : rounded - rounded + 0x7fc0u, vh);
@@ -82,8 +90,9 @@ struct BF16 {
     for (int j = 0; j < panel / W; ++j) out[j] = {load_bf16(first + j * W), load_bf16(second + j * W)};
   }
   static vf dp(vf acc, uint32_t a, B b) {
-    acc += as_float(splat_bits(a << 16)) * b.low;
-    return acc + as_float(splat_bits(a & 0xffff0000u)) * b.high;
+    const vu both = splat_bits(a);
+    acc += as_float(both << 16) * b.low;
+    return acc + as_float(both & 0xffff0000u) * b.high;
   }
 #endif
 };
@@ -97,8 +106,8 @@ struct Int8 : BF16 {  // x is bf16; a weight is an integer of 8 bits, exact in b
     __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
     return _mm512_cvtne2ps_pbh(high, low);
 #else
-    vi packed = __builtin_convertvector(load<vh>(p), vi);
-    return {__builtin_convertvector((packed << 24) >> 24, vf), __builtin_convertvector((packed << 16) >> 24, vf)};
+    const vi both = load_widened(p);
+    return {__builtin_convertvector((both << 24) >> 24, vf), __builtin_convertvector(both >> 8, vf)};
 #endif
   }
 };

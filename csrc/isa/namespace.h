@@ -4,7 +4,7 @@
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
-#if defined(__AVX512F__)  // what other instruction sets need, the compiler makes of vector extensions
+#if defined(__AVX2__)  // what other instruction sets need, the compiler makes of vector extensions
 #include <immintrin.h>
 #endif
 

@@ -7,43 +7,54 @@
 
 THRESHER_ISA_BEGIN
 
+constexpr int tile_rows = accumulators / 2;
+
+// Columns that a tile computes together, in vectors: the whole panel if its accumulators fit into registers. Else the
+// panel is passed several times, which costs memory traffic, so that is for many rows only.
+constexpr int tile_vectors(int rows, int panels) {
+  int vectors = panel / W;
+  while (vectors > 2 && rows * panels * vectors > accumulators) vectors /= 2;
+  return vectors;
+}
+
 // c[rows, 32 * panels] = a[rows, steps packs] @ packed panels, `b_stride` values apart (`onto`: += ). Every output is one
 // chain of dp in the order of the packs, however many rows and panels are computed together, so results do not depend
 // on the batch. A few rows take two panels at once: one alone would wait for its own chains.
 template <class E, int R, int P>
 inline void tile(const typename E::Value* a, int64_t a_stride, const typename E::Weight* b, int64_t b_stride,
                  int64_t steps, float* c, int64_t c_stride, bool onto) {
-  for (int column = 0; column < panel; column += 2 * W) {
-    vf acc[P][R][2] = {};
+  constexpr int V = tile_vectors(R, P);
+  for (int column = 0; column < panel; column += V * W) {
+    vf acc[P][R][V] = {};
     if (onto)
 #pragma GCC unroll 2
       for (int p = 0; p < P; ++p)
 #pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) {
-          acc[p][r][0] = load<vf>(c + r * c_stride + p * panel + column);
-          acc[p][r][1] = load<vf>(c + r * c_stride + p * panel + column + W);
-        }
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+          for (int v = 0; v < V; ++v) acc[p][r][v] = load<vf>(c + r * c_stride + p * panel + column + v * W);
     const typename E::Weight* w = b + column * E::pack;
     for (int64_t s = 0; s < steps; ++s, w += panel * E::pack) {
 #pragma GCC unroll 2
       for (int p = 0; p < P; ++p) {
-        typename E::B b0 = E::load_b(w + p * b_stride), b1 = E::load_b(w + p * b_stride + W * E::pack);
+        typename E::B weights[V];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) weights[v] = E::load_b(w + p * b_stride + v * W * E::pack);
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
           uint32_t x;
           __builtin_memcpy(&x, a + r * a_stride + s * E::pack, 4);
-          acc[p][r][0] = E::dp(acc[p][r][0], x, b0);
-          acc[p][r][1] = E::dp(acc[p][r][1], x, b1);
+#pragma GCC unroll 8
+          for (int v = 0; v < V; ++v) acc[p][r][v] = E::dp(acc[p][r][v], x, weights[v]);
         }
       }
     }
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p)
 #pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        store(c + r * c_stride + p * panel + column, acc[p][r][0]);
-        store(c + r * c_stride + p * panel + column + W, acc[p][r][1]);
-      }
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) store(c + r * c_stride + p * panel + column + v * W, acc[p][r][v]);
   }
 }
 
@@ -53,7 +64,7 @@ inline void tiles(int rows, const typename E::Value* a, int64_t a_stride, const 
                   int64_t b_stride, int panels, int64_t steps, float* c, int64_t c_stride, bool onto = false) {
   if (rows == R) {
     int p = 0;
-    if constexpr (R <= tile_rows / 2)
+    if constexpr (R * 2 * (panel / W) <= accumulators)
       for (; p + 2 <= panels; p += 2)
         tile<E, R, 2>(a, a_stride, b + p * b_stride, b_stride, steps, c + p * panel, c_stride, onto);
     for (; p < panels; ++p)

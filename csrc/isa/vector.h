@@ -6,13 +6,13 @@ THRESHER_ISA_BEGIN
 
 #if defined(__AVX512F__)
 constexpr int W = 16;
-constexpr int tile_rows = 12;  // 12 rows x 2 vectors of accumulators fill the 32 registers
+constexpr int accumulators = 24;  // of 32 registers
 #elif defined(__AVX2__)
 constexpr int W = 8;
-constexpr int tile_rows = 4;
+constexpr int accumulators = 12;  // of 16
 #else
 constexpr int W = 4;
-constexpr int tile_rows = 4;
+constexpr int accumulators = 12;
 #endif
 
 typedef float vf __attribute__((vector_size(4 * W)));
