@@ -19,15 +19,15 @@ inline vf activate(Activation kind, vf x) {
   return x * (u < 0.0f ? e / (1 + e) : 1 / (1 + e));
 }
 
-// Multiply by the scales and add the bias of one panel, in place.
-inline void finish_panel(const Linear& args, int64_t first, int rows, float* c) {
+// Multiply by the scales and add the bias of one panel, in place; rows of c are `stride` apart.
+inline void finish_panel(const Linear& args, int64_t first, int rows, float* c, int64_t stride) {
   if (!args.scale && !args.bias) return;
   for (int r = 0; r < rows; ++r)
     for (int j = 0; j < panel; j += W) {
-      vf x = load<vf>(c + r * panel + j);
+      vf x = load<vf>(c + r * stride + j);
       if (args.scale) x = x * load<vf>(args.scale + first + j);
       if (args.bias) x = x + load<vf>(args.bias + first + j);
-      store(c + r * panel + j, x);
+      store(c + r * stride + j, x);
     }
 }
 
@@ -43,39 +43,39 @@ inline void write_panel(const Linear& args, int64_t at, int columns, const float
     for (int j = 0; j < columns; ++j) E::put(y + j, add ? c[j] + E::get(add + j) : c[j]);
 }
 
+// Panels are computed in pairs: a gate with what it gates, or two neighbours.
 template <class E>
 void linear_panels(const Linear& args, int64_t panel_begin, int64_t panel_end) {
   typedef typename E::Value Value;
   const bool gated = args.activation != Activation::none;
   const int64_t steps = args.in / E::pack, panel_size = steps * panel * E::pack;
   const int64_t row_chunk = 20 * tile_rows;  // x of one chunk stays in the cache while the panels pass
-  alignas(64) float c[tile_rows * panel], gate[tile_rows * panel];
+  constexpr int64_t stride = 2 * panel;
+  alignas(64) float c[tile_rows * stride];
   for (int64_t chunk = 0; chunk < args.rows; chunk += row_chunk) {
     const int64_t chunk_end = chunk + row_chunk < args.rows ? chunk + row_chunk : args.rows;
-    for (int64_t p = panel_begin; p < panel_end; ++p) {
-      const int64_t first = p * panel, packed = gated ? 2 * p : p;
-      const int columns = int(args.out - first < panel ? args.out - first : panel);
+    for (int64_t p = panel_begin; p < panel_end; p += gated ? 1 : 2) {
+      const int64_t packed = gated ? 2 * p : p;
+      const int panels = gated || p + 1 < panel_end ? 2 : 1, written = gated ? 1 : panels;
       const typename E::Weight* w = (const typename E::Weight*)args.w + packed * panel_size;
       for (int64_t row = chunk; row < chunk_end; row += tile_rows) {
         const int rows = int(chunk_end - row < tile_rows ? chunk_end - row : tile_rows);
-        const Value* x = (const Value*)args.x + row * args.x_stride;
-        if (gated) {
-          tiles<E>(rows, x, args.x_stride, w, panel_size, 1, steps, gate, panel);
-          finish_panel(args, packed * panel, rows, gate);
-          tiles<E>(rows, x, args.x_stride, w + panel_size, panel_size, 1, steps, c, panel);
-          finish_panel(args, (packed + 1) * panel, rows, c);
-          for (int i = 0; i < rows * panel; i += W)
-            store(c + i, activate(args.activation, load<vf>(gate + i)) * load<vf>(c + i));
-        } else {
-          tiles<E>(rows, x, args.x_stride, w, panel_size, 1, steps, c, panel);
-          finish_panel(args, packed * panel, rows, c);
-        }
-        for (int r = 0; r < rows; ++r) {
-          const int64_t at = (row + r) * args.y_stride + first;
-          if (args.y_f32)
-            write_panel<F32>(args, at, columns, c + r * panel);
-          else
-            write_panel<BF16>(args, at, columns, c + r * panel);
+        tiles<E>(rows, (const Value*)args.x + row * args.x_stride, args.x_stride, w, panel_size, panels, steps, c, stride);
+        for (int i = 0; i < panels; ++i) finish_panel(args, (packed + i) * panel, rows, c + i * panel, stride);
+        if (gated)
+          for (int r = 0; r < rows; ++r)
+            for (float* x = c + r * stride; x < c + r * stride + panel; x += W)
+              store(x, activate(args.activation, load<vf>(x)) * load<vf>(x + panel));
+        for (int i = 0; i < written; ++i) {
+          const int64_t first = (p + i) * panel;
+          const int columns = int(args.out - first < panel ? args.out - first : panel);
+          for (int r = 0; r < rows; ++r) {
+            const int64_t at = (row + r) * args.y_stride + first;
+            if (args.y_f32)
+              write_panel<F32>(args, at, columns, c + r * stride + i * panel);
+            else
+              write_panel<BF16>(args, at, columns, c + r * stride + i * panel);
+          }
         }
       }
     }
