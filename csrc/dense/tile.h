@@ -135,18 +135,17 @@ void attend_tile(const Attention& args, TileScratch& s, int rows, const typename
     for (int k = v.high; k < key_end; ++k) x[k] = -infinity();
     vf best = splat(-infinity());
     for (int k = 0; k < key_end; k += W) {
-      vf y = load<vf>(x + k) * scale;
+      const vf y = load<vf>(x + k) * scale;
       best = y > best ? y : best;
-      store(x + k, y);
     }
     const float m = max(best);
     row_max[r] = m;
     const vf shift = splat(m == -infinity() ? 0.0f : m);
     vf total = {};
     for (int k = 0; k < key_end; k += W) {
-      vf p = exp2_nonpositive(load<vf>(x + k) - shift);
-      E::put_vector(weights + r * split + k, p);
-      total += E::rounded(p);  // the weights that are used add up to the sum they are divided by
+      const vf below = load<vf>(x + k) * scale - shift;  // not rounded between, so that of huge scores the best is not at 0
+      const vf p = exp2_nonpositive<E::exp2_degree>(below > 0.0f ? vf{} : below);
+      total += E::put_rounded(weights + r * split + k, p);  // the weights that are used add up to the sum they are divided by
     }
     row_sum[r] = sum(total);
   }

@@ -28,10 +28,11 @@ inline vi load_widened(const void* p) {  // W integers of 16 bits
 #endif
 }
 inline vf load_bf16(const uint16_t* p) { return (vf)(load_widened(p) << 16); }
-inline vh to_bf16(vf x) {  // round to nearest even; NaN stays NaN
-  const vu u = (vu)x, rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  return __builtin_convertvector(x == x ? rounded : rounded - rounded + 0x7fc0u, vh);
+inline vu rounded_bits(vf x) {  // the upper half is x as bf16, to the nearest even; NaN stays NaN
+  const vu u = (vu)x, rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  return x == x ? rounded : rounded - rounded + 0x7fc00000u;
 }
+inline vh to_bf16(vf x) { return __builtin_convertvector(rounded_bits(x) >> 16, vh); }
 
 #if defined(__AVX512BW__)
 // Orders for vpermt2w that interleave two rows of 16-bit values.
@@ -44,7 +45,7 @@ alignas(64) constexpr uint16_t zip_high[32] = {16, 48, 17, 49, 18, 50, 19, 51, 2
 struct F32 {
   typedef float Value;   // of x
   typedef float Weight;  // of the packed panel
-  static constexpr int pack = 1;
+  static constexpr int pack = 1, exp2_degree = 6;
   typedef vf B;
   static B load_b(const Weight* p) { return load<vf>(p); }
   static void zip(const Value* first, const Value*, B* out) {  // 32 columns of a row as a step
@@ -55,18 +56,31 @@ struct F32 {
   static void put(Value* p, float x) { *p = x; }
   static vf get_vector(const Value* p) { return load<vf>(p); }
   static void put_vector(Value* p, vf x) { store(p, x); }
-  static vf rounded(vf x) { return x; }
+  static vf put_rounded(Value* p, vf x) {  // returns what was put
+    store(p, x);
+    return x;
+  }
 };
 
 struct BF16 {
   typedef uint16_t Value;
   typedef uint16_t Weight;
-  static constexpr int pack = 2;
+  static constexpr int pack = 2, exp2_degree = 4;
   static float get(const Value* p) { return bf16_to_float(*p); }
   static void put(Value* p, float x) { *p = float_to_bf16(x); }
   static vf get_vector(const Value* p) { return load_bf16(p); }
   static void put_vector(Value* p, vf x) { store(p, to_bf16(x)); }
-  static vf rounded(vf x) { return as_float(__builtin_convertvector(to_bf16(x), vu) << 16); }
+  static vf put_rounded(Value* p, vf x) {  // returns what was put; of AVX-512 numbers below 1.2e-38 become 0
+#if defined(__AVX512BF16__)
+    const vh rounded = (vh)_mm512_cvtneps_pbh((__m512)x);
+    store(p, rounded);
+    return as_float(__builtin_convertvector(rounded, vu) << 16);
+#else
+    const vu bits = rounded_bits(x);
+    store(p, __builtin_convertvector(bits >> 16, vh));
+    return as_float(bits & 0xffff0000u);
+#endif
+  }
 #if defined(__AVX512BF16__)
   typedef __m512bh B;
   static B load_b(const Weight* p) { return (__m512bh)_mm512_loadu_si512(p); }
