@@ -318,6 +318,7 @@ void bind_mapping(nb::module_& m) {
 }  // namespace
 
 NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);  // of what lives until the interpreter ends, and is never cleared by it
   nb::class_<KernelSet>(m, "KernelSet")
       .def(nb::init<const std::string&>())
       .def_prop_ro("name", [](const KernelSet& k) { return std::string(k.table->name); });

@@ -2,11 +2,13 @@
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, tiny_config
+from thresher import LLM, SamplingParams
 from thresher.engine.framing import conversation_tokens, document_tokens, prompt_tokens, question_tokens
 from thresher.errors import ModelError, UsageError
+from thresher.models.fingerprint import tokenizer_fingerprint
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -129,3 +131,20 @@ def test_texts_that_cannot_be_used():
         with pytest.raises(UsageError, match=r"empty|a message is"):
             conversation_tokens(tokenizer, messages)
     assert document_tokens(tokenizer, "\ufeffa", "plain") == document_tokens(tokenizer, "a", "plain")
+
+
+def test_a_tokenizer_written_in_python(tmp_path):
+    config = tiny_config("llama")
+    config.vocab_size = 384
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    llm = LLM(tmp_path, weights="float32")
+    text = "a</s>ö"
+    ids = prompt_tokens(llm.model.tokenizer, text, "plain")
+    assert llm.model.tokenizer.decode(ids) == text + "</s>"
+    assert ids[:-1] == [byte + 3 for byte in text.encode()]
+    context = llm.read("some words", tmp_path / "x.kv")
+    (answer,) = llm.ask(context, "Who?", SamplingParams(max_new_tokens=3))[0]
+    assert answer.token_ids
+    tokenizer = ByT5Tokenizer(extra_ids=4)
+    assert tokenizer_fingerprint(tokenizer) not in (llm.model.tokenizer_fingerprint, None)

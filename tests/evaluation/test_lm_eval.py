@@ -116,3 +116,20 @@ def test_generation(adapter):
     assert expected.startswith(texts[0])
     with pytest.raises(UsageError, match="num_beams"):
         adapter.generate_until(requests(("hello", {"num_beams": 4})), disable_tqdm=True)
+
+
+@pytest.mark.parametrize(
+    ("length", "new", "kept", "written"),
+    [(100, 500, 100, 412), (100, 5000, 100, 412), (500, 100, 412, 100), (600, 5000, 384, 128)],
+)
+def test_a_long_answer_does_not_push_the_prompt_out(adapter, monkeypatch, length, new, kept, written):
+    """Of 512 positions."""
+    seen = {}
+    monkeypatch.setattr(
+        adapter.llm, "stream", lambda prompts, params: seen.update(zip("pq", (prompts, params), strict=True)) or []
+    )
+    prompt = adapter.tok_encode("x" * length)[:length]
+    monkeypatch.setattr(adapter, "tok_encode", lambda text: prompt)
+    adapter.generate_until(requests(("", {"max_gen_toks": new})), disable_tqdm=True)
+    assert seen["p"] == [prompt[-kept:]]
+    assert seen["q"][0].max_new_tokens == written

@@ -18,7 +18,8 @@ Methods = Annotated[
     list[str] | None,
     typer.Option(
         "--attention",
-        help="Methods to compare, separated by ; or given several times, e.g. 'dense;auto;lsh:K=10,L=120'.",
+        help="Methods to compare, separated by ; or given several times, e.g. 'dense;auto;lsh:K=10,L=120'. "
+        f"Default: {DEFAULT_ATTENTION}.",
     ),
 ]
 Peers = Annotated[str, typer.Option(help="Also run these in turn, at their best: transformers, llama.cpp.")]
@@ -63,7 +64,7 @@ def decode(
     from thresher.evaluation.bench import bench_decode
 
     lengths, batches = o.numbers("contexts", contexts), o.numbers("batch", batch)
-    parts = [part.strip() for listed in attention or ["dense"] for part in listed.split(";")]
+    parts = [part.strip() for listed in attention or [DEFAULT_ATTENTION] for part in listed.split(";")]
     methods = [parse_method(part) for part in parts if part]
     content = named_text(text)[1] if text or any(method != Dense() for method in methods) else None
     above = SYNTHETIC_ABOVE if synthetic_cache else None

@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Sequence
 
 import typer
+from rich.text import Text
 
 from thresher.cli.streams import ReaderGoneError, release_stdout
 from thresher.cli.terminal import one_line, stderr
@@ -64,7 +65,5 @@ def _explain(error: BaseException) -> int:
         text = (
             f"unexpected {type(error).__name__}: {said}; this is a fault of Thresher, --debug shows where it came from"
         )
-    line = one_line(text)
-    line.stylize("default")
-    stderr.print(one_line("error: ").append_text(line), soft_wrap=True)
+    stderr.print(Text.assemble(("error: ", "bold red"), one_line(text)), soft_wrap=True)
     return code

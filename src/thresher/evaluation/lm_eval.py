@@ -10,9 +10,12 @@ Methods apply to decoded tokens: contexts are prefilled densely, but for their l
 token by token under the method. A rolling log-likelihood has no context, so it decodes whole texts: slow, and right.
 """
 
+import logging
 import sys
+from dataclasses import replace
 from typing import Any
 
+from thresher.attention import DEFAULT_ATTENTION
 from thresher.cache.sequence import KVSequence
 from thresher.engine.llm import LLM
 from thresher.engine.sampling import SamplingParams
@@ -31,6 +34,7 @@ except ImportError as error:
         raise SystemExit(f"error: {message}") from None
     raise UsageError(message) from error
 
+_log = logging.getLogger(__name__)
 _MAX_NEW_TOKENS = 256  # the harness' own default
 
 
@@ -41,7 +45,7 @@ class ThresherLM(TemplateLM):  # type: ignore[misc]
     def __init__(
         self,
         model: str = DEFAULT_MODEL,
-        attention: str = "dense",
+        attention: str = DEFAULT_ATTENTION,
         weights: str = "bf16",
         kv_budget: int | None = None,
         allow_extrapolation: bool = False,
@@ -138,13 +142,20 @@ class ThresherLM(TemplateLM):  # type: ignore[misc]
         return results
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers to all requests, batched by the scheduler; a prompt that is too long is cut from the left."""
+        """Answers to all requests, batched by the scheduler. Where prompt and answer do not both fit, the answer may
+        become shorter, down to a quarter of the longest length; only then is the prompt cut, from the left."""
         prompts, params = [], []
         for request in requests:
             context, options = request.args
             chosen = _sampling(options)
-            room = max(1, self.max_length - chosen.max_new_tokens)
-            prompts.append((self.tok_encode(context) or [self.prefix_token_id])[-room:])
+            prompt = self.tok_encode(context) or [self.prefix_token_id]
+            room = max(1, self.max_length - len(prompt), self.max_length // 4)
+            if chosen.max_new_tokens > room:
+                chosen = replace(chosen, max_new_tokens=room)
+            kept = prompt[-max(1, self.max_length - chosen.max_new_tokens) :]
+            if len(kept) < len(prompt):
+                _log.warning("a prompt of %d tokens is cut to its last %d", len(prompt), len(kept))
+            prompts.append(kept)
             params.append(chosen)
         texts = [""] * len(requests)
         with tqdm(total=len(requests), desc="thresher", disable=disable_tqdm) as bar:

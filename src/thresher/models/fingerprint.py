@@ -39,8 +39,11 @@ def model_fingerprint(config: Any, state: Mapping[str, torch.Tensor]) -> str:
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """A hash over vocabulary, merges, special tokens and the chat template."""
-    table = json.loads(tokenizer.backend_tokenizer.to_str())
-    table.update(truncation=None, padding=None)
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        table = json.loads(backend.to_str())
+        table.update(truncation=None, padding=None)
+    else:  # written in Python, as that of bytes
+        table = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     digest = xxhash.xxh3_128(json.dumps(table, sort_keys=True).encode())
     digest.update(json.dumps([str(t) for t in tokenizer.all_special_tokens]).encode())
     digest.update(json.dumps(tokenizer.chat_template).encode())
