@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import time
+from importlib.metadata import version
 
 import pytest
 from command_line import COMMAND, call, fails
@@ -39,6 +40,17 @@ def test_help_names_every_command():
         done = call(*command, "--help")
         assert done.returncode == 0
         assert "--json" in done.stdout
+
+
+def test_no_command_shows_the_help_and_no_error():
+    done = call()
+    assert done.returncode == 2
+    assert "Commands" in done.stdout + done.stderr
+    assert "error" not in done.stderr
+
+
+def test_version():
+    assert call("--version").stdout == f"thresher {version('thresher')}\n"
 
 
 def test_generate(tiny_folder):

@@ -106,7 +106,7 @@ def describe_model(name: str, weights: str, trust_remote_code: bool) -> dict[str
         "stock_modules": list(model.stock_modules),
         "end_tokens": ends,
         "chat_template": bool(model.tokenizer.chat_template),
-        "check": None if check is None else vars(check),
+        "kl_to_transformers": None if check is None else vars(check),
         "model_fingerprint": model.fingerprint,
         "tokenizer_fingerprint": model.tokenizer_fingerprint,
     }
@@ -115,9 +115,11 @@ def describe_model(name: str, weights: str, trust_remote_code: bool) -> dict[str
 def shown(value: Any) -> str:
     """A value for people."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {name}" for key, name in value.items()) or "none"
+        return ", ".join(f"{key} {shown(one)}" for key, one in value.items()) or "none"
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.2g}"
     return "none" if value is None else str(value)

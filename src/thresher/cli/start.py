@@ -52,7 +52,10 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, _CommandError):
         context = getattr(error, "ctx", None)
         known = f"; see {context.command_path} --help" if context else ""
-        code, text = UsageError.exit_code, f"{error.format_message().rstrip('.')}{known}"  # type: ignore[attr-defined]
+        said = error.format_message()  # type: ignore[attr-defined]
+        if not said:  # no command was given, and the help has been shown
+            return UsageError.exit_code
+        code, text = UsageError.exit_code, f"{said.rstrip('.')}{known}"
     elif isinstance(error, ThresherError):
         code, text = error.exit_code, str(error)
     elif isinstance(error, MemoryError):
