@@ -9,18 +9,14 @@ that request and no other. A sample whose index is not built far enough sits out
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 
-from thresher.attention.base import AttentionMethod
-from thresher.attention.index import Growth, Index, index_bytes_per_token
-from thresher.attention.snapkv import SnapKV
-from thresher.attention.sparse import RECENT_QUERIES
 from thresher.cache.sequence import KVSequence
+from thresher.engine.admission import Admission, Waiting
+from thresher.engine.indexing import IndexBuilder
 from thresher.engine.memory import MemoryAccount
 from thresher.engine.pacing import Chunk, Pace
 from thresher.engine.requests import Event, PromptUsage, Request
@@ -28,11 +24,10 @@ from thresher.engine.runner import Runner, Work
 from thresher.engine.sample import Holder, Sample
 from thresher.engine.sampler import Choice, SampleState, choose, prompt_logprobs
 from thresher.engine.stopping import TextStream
-from thresher.errors import CapacityError, UsageError
+from thresher.errors import CapacityError
 
 PASS_SECONDS = 0.05  # of a pass while others wait for it
 ALONE = 4  # times as long may a pass be that nobody waits for
-OVERTAKES = 8  # requests that may be admitted past one that does not fit yet
 LOGPROB_CHUNK = 64  # prompt tokens of a pass whose logits are all wanted
 STREAM_CONTEXT = 8  # tokens of the prompt that the text of an answer is decoded after
 
@@ -52,20 +47,6 @@ class _Prompt(Holder):
         return len(self.request.token_ids) - self.done
 
 
-@dataclass(eq=False)
-class _Waiting:
-    request: Request
-    passed: int = 0
-
-
-@dataclass(frozen=True)
-class _Needs:
-    """Bytes that a request may come to hold: for its prompt, and for each of its samples."""
-
-    prompt: int
-    sample: int
-
-
 class Scheduler:
     """Runs requests to their end. `step` makes one pass and says what came of it. For one thread at a time."""
 
@@ -81,19 +62,18 @@ class Scheduler:
         """positions: longest sequence; chunk_size: most prompt tokens of a pass; pass_seconds: time of a pass."""
         self._runner = runner
         self._memory = memory
-        self._positions = positions
         self._chunk_size = chunk_size
         self._pass_seconds = pass_seconds
         self._pace = Pace(runner.shape)
-        self._waiting: list[_Waiting] = []
+        self._queue = Admission(runner, memory, positions)
         self._prompts: list[_Prompt] = []  # in order of arrival
         self._samples: list[Sample] = []
         self._running: dict[int, int] = {}  # request -> samples that have not ended
-        self._builder = ThreadPoolExecutor(1, "thresher-index")  # starts its thread when there is something to build
+        self._indexes = IndexBuilder(runner)
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting or self._prompts or self._samples)
+        return bool(self._queue.waiting or self._prompts or self._samples)
 
     def sequences(self) -> list[KVSequence]:
         """Of all prompts and samples that run."""
@@ -101,31 +81,13 @@ class Scheduler:
 
     def check(self, request: Request) -> None:
         """Raises UsageError or CapacityError if a request could never run."""
-        total = request.prompt_length
-        if not request.token_ids:
-            raise UsageError("the prompt is empty; give it at least one token")
-        vocab = self._runner.model.vocab_size
-        if not all(0 <= t < vocab for t in request.token_ids):
-            raise UsageError(f"the prompt holds token ids outside of 0 .. {vocab - 1}")
-        what = "document" if request.grow else "prompt"
-        if total > self._positions:
-            raise CapacityError(
-                f"the {what} has {total} tokens, the model was trained for {self._positions} positions; "
-                "shorten it, or allow RoPE extrapolation with --allow-extrapolation"
-            )
-        needed = self._promised(request, request.params.n)
-        if needed > self._memory.budget:
-            raise CapacityError(
-                f"the {'document' if request.grow else 'request'} needs up to {needed / 2**20:.0f} MiB of KV cache, "
-                f"the budget is {self._memory.budget / 2**20:.0f} MiB; shorten it or raise --kv-budget"
-            )
+        self._queue.check(request)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises as `check` does."""
-        self.check(request)
+        self._queue.add(request)
         if request.base is not None and not request.grow:
             self._memory.hold(request.base)
-        self._waiting.append(_Waiting(request))
 
     def cancel(self, request_id: int) -> list[Event]:
         """End a request now and release what it holds. The events say so of each of its samples."""
@@ -137,7 +99,7 @@ class Scheduler:
 
     def runs(self, request_id: int) -> bool:
         """Whether a request waits or runs."""
-        return request_id in self._running or any(w.request.id == request_id for w in self._waiting)
+        return request_id in self._running or self._queue.holds(request_id)
 
     def step(self) -> list[Event]:
         """Admit what fits, make one pass, choose the next tokens."""
@@ -157,7 +119,7 @@ class Scheduler:
         if works:
             begin = time.perf_counter()
             chunks: list[Chunk] = [(len(w.token_ids), w.sequence.length) for w in works]
-            results = self._run(works, self._first_captured(works, decoding, reading))
+            results = self._run(works, self._first_captured(len(decoding), reading))
             self._pace.observe(chunks, time.perf_counter() - begin)
             for sample, result in zip(decoding, results, strict=False):
                 if isinstance(result, Exception):
@@ -170,60 +132,22 @@ class Scheduler:
                 else:
                     events += self._guarded(prompt.request, self._read, prompt, n, result, ready)
         elif not ready:
-            self._wait_for_builder()
+            self._indexes.wait([*self._prompts, *self._samples], self._pass_seconds)
         return events + self._choose(ready)
 
     # Admission -------------------------------------------------------------------------------------------------------
 
-    def _limit(self, request: Request) -> int:
-        """Tokens a sample may produce: the last one needs no position of its own."""
-        if request.grow:
-            return 0
-        return min(request.params.max_new_tokens, self._positions - request.prompt_length + 1)
-
-    def _needs(self, request: Request) -> _Needs:
-        """What no context holds already: rows of the new tokens, and an index of all that is read by one."""
-        row = self._runner.layout.bytes_per_token
-        grown = max(self._limit(request) - 1, 0)
-        index = index_bytes_per_token(request.method, self._runner.index_shape, self._runner.model.layers)
-        prompt = (request.prompt_length if request.grow else len(request.token_ids)) * row
-        sample = grown * row
-        if index and request.prompt_length + grown > self._runner.dense_up_to(request.method):
-            base = request.base.index if request.base is not None else None
-            shared = base.bytes if isinstance(base, Index) and base.serves(request.method) else 0
-            prompt += max(0, round(index * request.prompt_length) - shared)
-            sample += round(index * grown)
-        return _Needs(prompt, sample)
-
-    def _promised(self, request: Request, samples: int) -> int:
-        needs = self._needs(request)
-        return needs.prompt + samples * needs.sample
-
     def _admit(self) -> list[Event]:
         events: list[Event] = []
-        held_up: _Waiting | None = None
-        for entry in sorted(self._waiting, key=lambda w: w.request.priority):
+        for entry in self._queue.admitted(lambda: bool(self._running)):
             request, params = entry.request, entry.request.params
-            limit = self._limit(request)
-            if limit == 0 and not request.grow and params.prompt_logprobs is None:
-                self._waiting.remove(entry)
+            if entry.needs.limit == 0 and not request.grow and params.prompt_logprobs is None:
                 events += [Event(request.id, i, finish_reason="length") for i in range(params.n)]
-                continue
-            needed = self._promised(request, params.n)
-            if needed > self._memory.free:
-                if not self._running:  # nothing will become free by itself
-                    events += self._end(request.id, "error", self._no_room(needed))
-                    continue
-                held_up = held_up or entry
-                if held_up.passed >= OVERTAKES:
-                    break
-                continue
-            if held_up:
-                held_up.passed += 1
-            self._waiting.remove(entry)
-            events += self._guarded(request, self._start, request, limit, needed)
-            if held_up and held_up.passed >= OVERTAKES:
-                break
+            elif entry.bytes > self._memory.free:  # and nothing will become free by itself
+                error = self._no_room(entry.bytes)
+                events += [Event(request.id, i, finish_reason="error", error=error) for i in range(params.n)]
+            else:
+                events += self._guarded(request, self._start, entry)
         return events
 
     def _no_room(self, needed: int) -> CapacityError:
@@ -233,9 +157,10 @@ class Scheduler:
             f"budget of {budget / 2**20:.0f} MiB; close some or raise --kv-budget"
         )
 
-    def _start(self, request: Request, limit: int, needed: int) -> list[Event]:
+    def _start(self, entry: Waiting) -> list[Event]:
+        request, limit = entry.request, entry.needs.limit
         self._running[request.id] = request.params.n
-        self._memory.promise(request.id, needed)
+        self._memory.promise(request.id, entry.bytes)
         if request.grow and request.base is not None:
             sequence = request.base
         else:
@@ -253,7 +178,7 @@ class Scheduler:
         unread = [p for p in self._prompts if p.logits is None]
         if not unread:
             return []
-        alone = len(unread) == 1 and not decoding and not self._waiting
+        alone = len(unread) == 1 and not decoding and not self._queue.waiting
         shortest = sorted(unread, key=lambda p: (p.request.priority, p.left))
         first = shortest[0]
         seconds = self._pass_seconds * (ALONE if alone else 1)
@@ -280,32 +205,16 @@ class Scheduler:
             return n
         return int(n == prompt.left)
 
-    def _first_captured(
-        self, works: list[Work], decoding: list[Sample], reading: list[tuple[_Prompt, int]]
-    ) -> list[tuple[int, _Prompt, int]]:
-        """Of which works' tokens the queries will be wanted for an index: (row of the first, prompt, how many)."""
+    def _first_captured(self, row: int, reading: list[tuple[_Prompt, int]]) -> list[tuple[int, _Prompt, int]]:
+        """The tokens whose queries will be wanted for an index: (row of the first, prompt, how many). The prompts' rows
+        begin at `row`."""
         captured = []
-        row = len(decoding)
         for prompt, n in reading:
-            wanted = self._observed(prompt)
-            skip = max(0, prompt.left - wanted)  # tokens before those that are wanted
+            skip = max(0, prompt.left - self._indexes.observed(prompt.request, prompt))  # tokens before them
             if skip < n:
                 captured.append((row + skip, prompt, n - skip))
             row += n
         return captured
-
-    def _observed(self, prompt: _Prompt) -> int:
-        """The last tokens of a prompt whose queries its index is fitted to, 0 if it needs none."""
-        method, sequence = prompt.request.method, prompt.sequence
-        if prompt.request.grow or method is None or len(prompt.request.token_ids) < RECENT_QUERIES:
-            return 0
-        if prompt.request.prompt_length <= self._runner.dense_up_to(method):
-            return 0
-        if not index_bytes_per_token(method, self._runner.index_shape, self._runner.model.layers):
-            return 0
-        if isinstance(sequence.index, Index) and sequence.index.blocks and sequence.index.serves(method):
-            return 0
-        return max(RECENT_QUERIES, method.observe if isinstance(method, SnapKV) else 0)
 
     def _read(
         self, prompt: _Prompt, n: int, logits: torch.Tensor, ready: list[tuple[Sample, torch.Tensor]]
@@ -336,7 +245,7 @@ class Scheduler:
     def _start_if_indexed(self, prompt: _Prompt, ready: list[tuple[Sample, torch.Tensor]]) -> list[Event]:
         """Start the samples of a prompt that is read. Several share its index, so they wait until it is built."""
         request, params = prompt.request, prompt.request.params.with_seed()
-        if params.n > 1 and not self._indexed(prompt, request.method):
+        if params.n > 1 and not self._indexes.ready(prompt, request.method):
             return []
         assert prompt.logits is not None
         self._prompts.remove(prompt)
@@ -396,7 +305,7 @@ class Scheduler:
         return list(torch.split(logits, [work.logits for work in works]))
 
     def _join(self, sample: Sample, decoding: list[Sample]) -> list[Event]:
-        if self._indexed(sample, sample.request.method):
+        if self._indexes.ready(sample, sample.request.method):
             decoding.append(sample)
         return []
 
@@ -424,45 +333,6 @@ class Scheduler:
             self._sample_ended(sample.request)
         return [event]
 
-    # Indexes ---------------------------------------------------------------------------------------------------------
-
-    def _indexed(self, holder: Holder, method: AttentionMethod | None) -> bool:
-        """Whether the index of a sequence is built as far as its next token needs; begins beside the passes what will
-        be needed next. Which token first reads a block does not depend on when it was ready."""
-        sequence = holder.sequence
-        index = self._runner.index_for(sequence, method)
-        if index is None:
-            return True
-        target, growth = index.target(sequence.length), holder.growth
-        if growth is not None and target > index.covered and growth.done():
-            holder.growth = None
-            if holder.growth_target == target:
-                index.adopt(growth.result())
-                return True
-            growth = None
-        if growth is None:
-            wanted = target if target > index.covered else index.ahead(sequence.length)
-            if wanted > index.covered:
-                holder.growth, holder.growth_target = self._build(holder, index, wanted), wanted
-        return target <= index.covered
-
-    def _build(self, holder: Holder, index: Index, target: int) -> "Future[Growth]":
-        snapshot, captured = holder.sequence.view(holder.sequence.length), holder.queries
-
-        @lru_cache
-        def queries(n: int) -> torch.Tensor:
-            if captured is not None and captured.shape[1] >= min(n, snapshot.length):
-                return captured[:, -n:]
-            return self._runner.recent_queries(snapshot, n)
-
-        return self._builder.submit(index.grown, snapshot, target, queries)
-
-    def _wait_for_builder(self) -> None:
-        """Nothing else to do: all samples wait for their indexes."""
-        growing = [h.growth for h in (*self._prompts, *self._samples) if h.growth is not None]
-        if growing:
-            wait(growing, timeout=self._pass_seconds, return_when="FIRST_COMPLETED")
-
     # Ends ------------------------------------------------------------------------------------------------------------
 
     def _guarded(self, request: Request, act: Callable[..., list[Event]], *args: Any) -> list[Event]:
@@ -473,13 +343,12 @@ class Scheduler:
             return self._end(request.id, "error", error)
 
     def _end(self, request_id: int, reason: str, error: Exception | None) -> list[Event]:
-        requests = [w.request for w in self._waiting if w.request.id == request_id]
+        requests = [entry.request for entry in self._queue.take(request_id)]
         requests += [p.request for p in self._prompts if p.request.id == request_id]
         samples = [s for s in self._samples if s.request.id == request_id]
         numbers = [s.number for s in samples]
         if requests:
             numbers = list(range(requests[0].params.n))
-        self._waiting = [w for w in self._waiting if w.request.id != request_id]
         self._prompts = [p for p in self._prompts if p.request.id != request_id]
         self._samples = [s for s in self._samples if s.request.id != request_id]
         self._running.pop(request_id, None)
@@ -497,7 +366,7 @@ class Scheduler:
         left = self._running[request.id]
         if not left:
             del self._running[request.id]
-        self._memory.promise(request.id, self._promised(request, left) if left else 0)
+        self._memory.promise(request.id, self._queue.needs(request).bytes(left) if left else 0)
 
 
 def _stacked(rows: list[torch.Tensor]) -> torch.Tensor:
