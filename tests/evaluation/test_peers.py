@@ -1,4 +1,5 @@
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ import torch
 from conftest import tiny_module
 from thresher.cache.sequence import KVSequence
 from thresher.engine.runner import Runner, Work
+from thresher.errors import UsageError
 from thresher.evaluation.llama_cpp import LlamaCpp, sequence_state
 from thresher.evaluation.peers import Transformers, make_peers, preallocated_cache
 from thresher.models.load import load
@@ -46,6 +48,10 @@ def test_names():
         "transformers bf16",
         "transformers float32",
     ]
+    source = ModelSource("m", None, gguf=Path("m.gguf"))
+    assert list(make_peers(["llama.cpp-file"], source, "int8", 1)) == ["llama.cpp file", "llama.cpp file flash"]
+    with pytest.raises(UsageError, match="llama.cpp-file: needs a model that comes from a GGUF"):
+        make_peers(["llama.cpp-file"], ModelSource("m", None), "int8", 1)
 
 
 needs_llama_cpp = pytest.mark.skipif(

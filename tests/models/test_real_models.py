@@ -5,6 +5,7 @@ Run as a script it prints the figures: `python tests/models/test_real_models.py 
 """
 
 import gc
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from thresher.cache.sequence import KVSequence
 from thresher.engine.runner import Runner, Work
+from thresher.evaluation.llama_cpp import AS_IT_LIES, LlamaCpp
 from thresher.evaluation.texts import public_text
 from thresher.models.check import divergence
 from thresher.models.load import load
@@ -53,8 +55,19 @@ def ours(model, ids):
     return torch.cat(logits), tokens
 
 
-def measure(file):
-    """KL to transformers float32 for each format, and how many greedy float32 tokens agree."""
+def of_llama_cpp(file, ids):
+    """Logits of llama.cpp, which computes with the file's own weights, one token at a time."""
+    engine = LlamaCpp(Path(file), AS_IT_LIES, flash=False, threads=torch.get_num_threads())
+    engine.prefill(ids[:1].tolist())
+    logits = [engine.logits(0)]
+    for token in ids[1:].tolist():
+        engine.decode(token)
+        logits.append(engine.logits(0))
+    return torch.stack(logits)
+
+
+def measure(file, peer=False):
+    """KL to transformers float32 for each format, and of llama.cpp; how many greedy float32 tokens agree."""
     source = resolve(str(file))
     ids = torch.tensor(load(source, "bf16").tokenizer.encode(public_text("paradise_lost")[:20_000]))[:TOKENS]
     assert len(ids) == TOKENS
@@ -67,6 +80,8 @@ def measure(file):
         found[weights] = divergence(reference, logits)
         if weights == "float32":
             same = next((i for i, (a, b) in enumerate(zip(expected, tokens, strict=True)) if a != b), GREEDY)
+    if peer:
+        found["llama.cpp"] = divergence(reference, of_llama_cpp(file, ids)[:, : reference.shape[1]])
     return found, same
 
 
@@ -82,5 +97,5 @@ def test_near_transformers(file):
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        found, same = measure(Path(name))
+        found, same = measure(Path(name), peer=importlib.util.find_spec("llama_cpp") is not None)
         print(Path(name).name, {k: f"{v:.2g}" for k, v in found.items()}, f"greedy {same}/{GREEDY}", flush=True)

@@ -22,7 +22,13 @@ Methods = Annotated[
         f"Default: {DEFAULT_ATTENTION}.",
     ),
 ]
-Peers = Annotated[str, typer.Option(help="Also run these in turn, at their best: transformers, llama.cpp.")]
+Peers = Annotated[
+    str,
+    typer.Option(
+        help="Also run these in turn, at their best: transformers, llama.cpp (the same numbers as F16, BF16 or Q8_0), "
+        "llama.cpp-file (the GGUF file as it lies)."
+    ),
+]
 Rounds = Annotated[int, typer.Option(help="Turns each engine gets.", min=1)]
 
 

@@ -1,4 +1,4 @@
-"""llama.cpp as a peer: F16 or Q8_0 weights written from the very GGUF file that our model was made from."""
+"""llama.cpp as a peer: the GGUF file that our model was made from, or F16 or Q8_0 weights written from it."""
 
 import ctypes
 import logging
@@ -16,6 +16,7 @@ from thresher.errors import UsageError
 from thresher.models.resolve import cache_folder
 
 ROOM = 1024  # tokens that can be decoded behind a prompt
+AS_IT_LIES = "file"  # the kind of weights that the GGUF file has, most often of 4 bits
 _CHUNK = 512  # tokens of one pass through a prompt
 _STATE_MAGIC = 0xAF143CD8
 _F16 = 1  # ggml's number of the type
@@ -38,7 +39,7 @@ class LlamaCpp:
             raise UsageError("peer llama.cpp: not installed; pip install 'thresher[peers]'") from error
         self._api: Any = llama_cpp
         self._context: Any = None
-        path = requantize(gguf, kind)
+        path = gguf if kind == AS_IT_LIES else requantize(gguf, kind)
         self.name = f"llama.cpp {kind}{' flash' if flash else ''}"
         self.weight_bytes = path.stat().st_size
         self._flash, self._threads, self._unified = flash, threads, unified

@@ -13,11 +13,11 @@ import torch
 
 from thresher.cache.sequence import KVSequence
 from thresher.errors import UsageError
-from thresher.evaluation.llama_cpp import LlamaCpp
+from thresher.evaluation.llama_cpp import AS_IT_LIES, LlamaCpp
 from thresher.models.load import WEIGHTS
 from thresher.models.resolve import ModelSource
 
-PEERS = ("transformers", "llama.cpp")
+PEERS = ("transformers", "llama.cpp", "llama.cpp-file")
 
 
 class Engine(Protocol):
@@ -48,10 +48,11 @@ def make_peers(
         if name == "transformers":
             for dtype in ("bf16", "float32"):
                 made[f"transformers {dtype}"] = partial(Transformers, source, dtype)
-        elif name == "llama.cpp":
+        elif name in ("llama.cpp", "llama.cpp-file"):
             if source.gguf is None:
-                raise UsageError("peer llama.cpp: needs a model that comes from a GGUF file")
-            for kind in ("Q8_0",) if weights == "int8" else ("F16", "BF16"):
+                raise UsageError(f"peer {name}: needs a model that comes from a GGUF file")
+            kinds = ("Q8_0",) if weights == "int8" else ("F16", "BF16")
+            for kind in kinds if name == "llama.cpp" else (AS_IT_LIES,):
                 for flash in (False, True):
                     label = f"llama.cpp {kind}{' flash' if flash else ''}"
                     made[label] = partial(LlamaCpp, source.gguf, kind, flash, threads)
