@@ -137,6 +137,9 @@ def test_methods_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match="Index"):
             case.index._native.set_method(right | changed)
     attend([case])
+    quest = Case("quest:budget=64,dense_layers=none,dense_below=0", HEADS, 1300)
+    with pytest.raises(ValueError, match="errors are estimated of what tables find"):
+        quest.index._native.set_method(quest.index._parameters() | {"certify": 0.2})
 
 
 def test_segments_and_indexes_of_another_model_are_refused():

@@ -52,6 +52,18 @@ def run(sequences, heads, dtype, layer=1, layer_window=0, visibility=None):
     return outs, references
 
 
+def test_one_plan_for_several_windows():
+    """What a plan has worked out is used again only for the same window, by another layer or the same."""
+    heads = Heads(4, 2, 32)
+    cached = Cached([700], 1, heads, torch.float32, layers=3)
+    plan = AttentionPlan(heads, torch.float32, _native.Workspace())
+    plan.add(1, cached.past, cached.segments)
+    for layer, window in ((0, 300), (1, 0), (2, 300), (0, 0), (1, 40), (1, 0)):
+        q, k, v = (torch.randn(1, n, 32) for n in (4, 2, 2))
+        out = plan.attend(layer, q, k, v, 32**-0.5, window)
+        check([out], [reference_attention(q, *cached.rows(layer), 32**-0.5, window, None)], torch.float32)
+
+
 def check(outs, references, dtype):
     for out, reference in zip(outs, references, strict=True):
         assert (out.double() - reference).abs().max() < TOLERANCE[dtype] * (1 + reference.abs().max())
