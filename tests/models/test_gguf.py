@@ -16,7 +16,7 @@ import tokenizers
 
 from fuzz import gguf_fuzz
 from models import tiny_gguf
-from thresher.errors import ModelError, StorageError, UnsupportedModelError
+from thresher.errors import CapacityError, ModelError, StorageError, UnsupportedModelError
 from thresher.models import gguf_import
 from thresher.models.gguf_config import model_config
 from thresher.models.gguf_header import Header, TensorInfo, check_header
@@ -436,6 +436,22 @@ def test_tokens_are_those_of_the_file_whatever_the_model(convert, pre, expected)
 def test_end_of_turn(convert):
     folder = convert(values={"tokenizer.ggml.eot_token_id": 257})
     assert read(folder, "generation_config.json")["eos_token_id"] == [256, 257]
+
+
+def test_a_model_larger_than_memory(convert, monkeypatch, tmp_path):
+    monkeypatch.setattr(gguf_import, "available_memory", lambda: 50_000)
+    with pytest.raises(CapacityError, match=r"m\.gguf: converting it takes 0\.0 GiB of memory"):
+        convert()
+    assert not [path for path in (tmp_path / "cache" / "models").iterdir() if path.is_dir()]
+
+
+def test_a_file_that_cannot_be_read_is_not_blamed_on_the_cache(convert, monkeypatch):
+    def unreadable(info):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(gguf_import, "_dequantized", unreadable)
+    with pytest.raises(ModelError, match=r"m\.gguf.*Input/output error"):
+        convert()
 
 
 def split(tmp_path, **writing):

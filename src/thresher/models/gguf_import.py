@@ -4,6 +4,7 @@ import errno
 import fcntl
 import glob
 import io
+import math
 import os
 import re
 import shutil
@@ -15,7 +16,8 @@ from typing import Any
 
 import xxhash
 
-from thresher.errors import ModelError, StorageError
+from thresher.errors import CapacityError, ModelError, StorageError
+from thresher.machine.memory import available_memory
 from thresher.models.gguf_config import ROPE_TENSORS, architecture_of, model_config, refuse, some, unknown_groups
 from thresher.models.gguf_header import Header, TensorInfo, check_header
 from thresher.models.gguf_tokenizer import check_tokenizer_keys, end_tokens, gguf_tokenizer
@@ -29,7 +31,7 @@ def import_gguf(path: Path, name: str, cache: Path, progress: Callable[[str], No
     The folder appears whole or not at all; of two processes the second waits for the first. The parts of a split
     file are found beside each other, whichever of them is given.
     Raises ModelError if the file is broken, UnsupportedModelError naming what would be lost in the conversion,
-    StorageError if the cache cannot be written.
+    CapacityError if memory is too small for it, StorageError if the cache cannot be written.
     """
     header = _joined_header(path)
     folder = cache / "models" / f"{name[:60]}-{_content_hash(header)}-{FORMAT}"
@@ -116,6 +118,7 @@ def _rename(making: Path, folder: Path) -> None:
 def _convert(header: Header, folder: Path, warn: Callable[[str], None]) -> None:
     from transformers import GenerationConfig
 
+    _check_memory(header)
     try:
         architecture_of(header)
         check_tokenizer_keys(header)
@@ -129,8 +132,6 @@ def _convert(header: Header, folder: Path, warn: Callable[[str], None]) -> None:
         )
         if unknown := unknown_groups(header):
             warn(f"keys that no reader asks for: {some(unknown)}")
-    except OSError:
-        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         kind = type(error) if isinstance(error, ModelError) else ModelError
@@ -142,6 +143,16 @@ def _convert(header: Header, folder: Path, warn: Callable[[str], None]) -> None:
     except Exception as error:  # the libraries in Rust raise types of their own for a full disk
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise StorageError(f"{folder.parent}: {reason}; set THRESHER_CACHE to a folder with space") from error
+
+
+def _check_memory(header: Header) -> None:
+    """The whole model is held in float32."""
+    needed = sum(4 * math.prod(info.dims) for info in header.tensors)
+    if needed > (free := available_memory()):
+        raise CapacityError(
+            f"{header.path}: converting it takes {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free; "
+            "give the model's Hugging Face folder"
+        )
 
 
 def _load(header: Header, config: Any) -> Any:
