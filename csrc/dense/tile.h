@@ -73,14 +73,16 @@ void weigh_rows(const typename E::Value* weights, const char* const* values, con
       }
       const Value* first = (const Value*)values[k] + begin;
       const Value* second = k + 1 < count ? (const Value*)values[k + 1] + begin : zeros;
-      typename E::B rows[vectors];
-      for (int d = 0; d < columns; d += panel) E::zip(first + d, second + d, rows + d / W);
+#pragma GCC unroll 2
+      for (int part = 0; part < E::parts; ++part) {
+        typename E::B rows[vectors];
+        for (int d = 0; d < columns; d += panel) E::zip(first + d, second + d, part, rows + d / W);
 #pragma GCC unroll 6
-      for (int r = 0; r < R; ++r) {
-        uint32_t x;
-        __builtin_memcpy(&x, weights + r * split + k, 4);
+        for (int r = 0; r < R; ++r) {
+          const typename E::A x = E::load_a(weights + r * split + k, part);
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) sums[r][v] = E::dp(sums[r][v], x, rows[v]);
+          for (int v = 0; v < vectors; ++v) sums[r][v] = E::dp(sums[r][v], x, rows[v]);
+        }
       }
     }
     for (int r = 0; r < R; ++r)

@@ -1,5 +1,6 @@
 // Element types: how a value is read and written, and how a step of a packed panel (W packs) is loaded and multiplied with one
-// broadcast pack of x. A pack is 32 bits: two bf16 values or one f32.
+// broadcast pack of x. A pack is 32 bits: two bf16 values or one f32. It is multiplied in one go or, without an instruction for
+// that, in two parts: first all first values, then all second ones, so that less has to lie in registers.
 #pragma once
 #include "api/kernels.h"
 #include "isa/namespace.h"
@@ -45,13 +46,14 @@ alignas(64) constexpr uint16_t zip_high[32] = {16, 48, 17, 49, 18, 50, 19, 51, 2
 struct F32 {
   typedef float Value;   // of x
   typedef float Weight;  // of the packed panel
-  static constexpr int pack = 1, exp2_degree = 6;
-  typedef vf B;
-  static B load_b(const Weight* p) { return load<vf>(p); }
-  static void zip(const Value* first, const Value*, B* out) {  // 32 columns of a row as a step
+  static constexpr int pack = 1, parts = 1, exp2_degree = 6;
+  typedef vf A, B;
+  static A load_a(const Value* p, int) { return as_float(splat_bits(p)); }
+  static B load_b(const Weight* p, int) { return load<vf>(p); }
+  static void zip(const Value* first, const Value*, int, B* out) {  // 32 columns of a row as a step
     for (int j = 0; j < panel / W; ++j) out[j] = load<vf>(first + j * W);
   }
-  static vf dp(vf acc, uint32_t a, B b) { return acc + as_float(splat_bits(a)) * b; }
+  static vf dp(vf acc, A a, B b) { return acc + a * b; }
   static float get(const Value* p) { return *p; }
   static void put(Value* p, float x) { *p = x; }
   static vf get_vector(const Value* p) { return load<vf>(p); }
@@ -82,48 +84,44 @@ struct BF16 {
 #endif
   }
 #if defined(__AVX512BF16__)
-  typedef __m512bh B;
-  static B load_b(const Weight* p) { return (__m512bh)_mm512_loadu_si512(p); }
-  static void zip(const Value* first, const Value* second, B* out) {  // 32 columns of two rows as a step
+  static constexpr int parts = 1;
+  typedef __m512bh A, B;
+  static A load_a(const Value* p, int) { return (__m512bh)splat_bits(p); }
+  static B load_b(const Weight* p, int) { return (__m512bh)_mm512_loadu_si512(p); }
+  static void zip(const Value* first, const Value* second, int, B* out) {  // 32 columns of two rows as a step
     const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
     out[0] = (__m512bh)_mm512_permutex2var_epi16(a, _mm512_load_si512(zip_low), b);
     out[1] = (__m512bh)_mm512_permutex2var_epi16(a, _mm512_load_si512(zip_high), b);
   }
-  static vf dp(vf acc, uint32_t a, B b) {
-    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(int(a)), b);
-  }
+  static vf dp(vf acc, A a, B b) { return (vf)_mm512_dpbf16_ps((__m512)acc, a, b); }
 #else
-  struct B {
-    vf low, high;
-  };
-  static B load_b(const Weight* p) {
-    vu packed = load<vu>(p);
-    return {as_float(packed << 16), as_float(packed & 0xffff0000u)};
+  static constexpr int parts = 2;
+  typedef vf A, B;
+  static vf half(vu packed, int part) { return as_float(part == 0 ? packed << 16 : packed & 0xffff0000u); }
+  static A load_a(const Value* p, int part) { return half(splat_bits(p), part); }
+  static B load_b(const Weight* p, int part) { return half(load<vu>(p), part); }
+  static void zip(const Value* first, const Value* second, int part, B* out) {
+    for (int j = 0; j < panel / W; ++j) out[j] = load_bf16((part == 0 ? first : second) + j * W);
   }
-  static void zip(const Value* first, const Value* second, B* out) {
-    for (int j = 0; j < panel / W; ++j) out[j] = {load_bf16(first + j * W), load_bf16(second + j * W)};
-  }
-  static vf dp(vf acc, uint32_t a, B b) {
-    const vu both = splat_bits(a);
-    acc += as_float(both << 16) * b.low;
-    return acc + as_float(both & 0xffff0000u) * b.high;
-  }
+  static vf dp(vf acc, A a, B b) { return acc + a * b; }
 #endif
 };
 
 struct Int8 : BF16 {  // x is bf16; a weight is an integer of 8 bits, exact in bf16
   typedef int8_t Weight;
-  static B load_b(const Weight* p) {
 #if defined(__AVX512BF16__)
+  static B load_b(const Weight* p, int) {
     __m256i bytes = _mm256_loadu_si256((const __m256i*)p);
     __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
     __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
     return _mm512_cvtne2ps_pbh(high, low);
-#else
-    const vi both = load_widened(p);
-    return {__builtin_convertvector((both << 24) >> 24, vf), __builtin_convertvector(both >> 8, vf)};
-#endif
   }
+#else
+  static B load_b(const Weight* p, int part) {
+    const vi both = load_widened(p);
+    return __builtin_convertvector(part == 0 ? (both << 24) >> 24 : both >> 8, vf);
+  }
+#endif
 };
 
 THRESHER_ISA_END

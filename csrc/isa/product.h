@@ -7,13 +7,14 @@
 
 THRESHER_ISA_BEGIN
 
+constexpr int accumulators = registers * 3 / 4;  // the rest is for what is multiplied
 constexpr int tile_rows = accumulators / 2;
 
 // Columns that a tile computes together, in vectors: the whole panel if its accumulators fit into registers. Else the
 // panel is passed several times, which costs memory traffic, so that is for many rows only.
 constexpr int tile_vectors(int rows, int panels) {
   int vectors = panel / W;
-  while (vectors > 2 && rows * panels * vectors > accumulators) vectors /= 2;
+  while (vectors > 2 && rows * panels * vectors + vectors + 1 > registers) vectors /= 2;
   return vectors;
 }
 
@@ -37,15 +38,18 @@ inline void tile(const typename E::Value* a, int64_t a_stride, const typename E:
     for (int64_t s = 0; s < steps; ++s, w += panel * E::pack) {
 #pragma GCC unroll 2
       for (int p = 0; p < P; ++p) {
-        typename E::B weights[V];
+#pragma GCC unroll 2
+        for (int part = 0; part < E::parts; ++part) {
+          if (part == 1) asm volatile("" ::: "memory");  // load x again: kept for the second part it would displace sums
+          typename E::B weights[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) weights[v] = E::load_b(w + p * b_stride + v * W * E::pack);
+          for (int v = 0; v < V; ++v) weights[v] = E::load_b(w + p * b_stride + v * W * E::pack, part);
 #pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) {
-          uint32_t x;
-          __builtin_memcpy(&x, a + r * a_stride + s * E::pack, 4);
+          for (int r = 0; r < R; ++r) {
+            const typename E::A x = E::load_a(a + r * a_stride + s * E::pack, part);
 #pragma GCC unroll 8
-          for (int v = 0; v < V; ++v) acc[p][r][v] = E::dp(acc[p][r][v], x, weights[v]);
+            for (int v = 0; v < V; ++v) acc[p][r][v] = E::dp(acc[p][r][v], x, weights[v]);
+          }
         }
       }
     }

@@ -6,13 +6,13 @@ THRESHER_ISA_BEGIN
 
 #if defined(__AVX512F__)
 constexpr int W = 16;
-constexpr int accumulators = 24;  // of 32 registers
+constexpr int registers = 32;
 #elif defined(__AVX2__)
 constexpr int W = 8;
-constexpr int accumulators = 12;  // of 16
+constexpr int registers = 16;
 #else
 constexpr int W = 4;
-constexpr int accumulators = 12;
+constexpr int registers = 16;
 #endif
 
 typedef float vf __attribute__((vector_size(4 * W)));
@@ -31,7 +31,15 @@ inline void store(P* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 inline vf splat(float x) { return x - vf{}; }
-inline vu splat_bits(uint32_t x) { return x - vu{}; }
+inline vu splat_bits(const void* p) {  // of the 32 bits there
+#if defined(__AVX2__) && !defined(__AVX512F__)  // what is done to all of them GCC would else do to the one first, and be slower
+  return (vu)_mm256_broadcast_ss((const float*)p);
+#else
+  uint32_t x;
+  __builtin_memcpy(&x, p, 4);
+  return x - vu{};
+#endif
+}
 inline vf as_float(vu x) { return (vf)x; }
 
 inline float sum(vf x) {  // a fixed tree: the same order for every caller
