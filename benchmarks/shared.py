@@ -9,11 +9,12 @@ import json
 import statistics
 import subprocess
 import sys
-import threading
 import time
 
 from thresher import LLM, SamplingParams
 from thresher.engine import scheduler
+from thresher.engine.documents import Context
+from thresher.engine.requests import Request
 from thresher.evaluation.bench import prompt
 from thresher.evaluation.machine import measure_machine
 from thresher.kernels.native import kernel_set
@@ -21,10 +22,10 @@ from thresher.kernels.native import kernel_set
 BUSY = [sys.executable, "-c", "while True: pass"]
 
 
-def token_seconds(llm: LLM, ids: list[int], tokens: int) -> float:
+def token_seconds(llm: LLM, context: Context, tokens: int) -> float:
     """Median time between the tokens of an answer."""
     times = []
-    for event in llm.stream([ids], SamplingParams(max_new_tokens=tokens, ignore_eos=True)):
+    for event in llm.stream_answers(context, ["And then?"], SamplingParams(max_new_tokens=tokens, ignore_eos=True)):
         if event.choice:
             times.append(time.perf_counter())
     return statistics.median(b - a for a, b in itertools.pairwise(times))
@@ -32,13 +33,14 @@ def token_seconds(llm: LLM, ids: list[int], tokens: int) -> float:
 
 def beside_busy_processes(llm: LLM, ids: list[int], rounds: int = 3) -> dict[str, float]:
     """Milliseconds of a token with 0, 1 and 2 processes that never sleep, in turns."""
+    context = llm.read(llm.model.tokenizer.decode(ids))
     found: dict[int, list[float]] = {0: [], 1: [], 2: []}
     for _ in range(rounds):
         for count, seconds in found.items():
             busy = [subprocess.Popen(BUSY) for _ in range(count)]
             try:
                 time.sleep(0.5)
-                seconds.append(token_seconds(llm, ids, 60))
+                seconds.append(token_seconds(llm, context, 60))
             finally:
                 for process in busy:
                     process.kill()
@@ -58,14 +60,10 @@ def behind_a_long_prompt(llm: LLM, ids: list[int], after: tuple[float, ...] = (0
     first_token(llm, short)
     found = {"alone": first_token(llm, short)}
     for delay in after:
-        stream = llm.stream([ids], SamplingParams(max_new_tokens=1))
-        reader = threading.Thread(target=lambda stream=stream: list(stream))
-        reader.start()
+        long = llm.engine.submit([Request(llm.engine.new_id(), ids, SamplingParams(max_new_tokens=1))])
         time.sleep(delay)
         found[f"after {delay} s"] = first_token(llm, short)
-        assert reader.is_alive(), "the long prompt was read too fast to be in the way"
-        stream.cancel()
-        reader.join()
+        long.close()
     return found
 
 
@@ -102,14 +100,9 @@ def main() -> None:
     options = parser.parse_args()
     llm = LLM()
     ids = prompt(llm, options.tokens)
-    result = {
-        "kernels": kernel_set().name,
-        "GB_per_s": measure_machine().read / 1e9,
-        "first_token_s": behind_a_long_prompt(llm, ids),
-        "sampler_of_16": sampler_share(llm, ids),
-        "token_ms_auto": beside_busy_processes(llm, ids),
-    }
-    print(json.dumps(result, indent=2))
+    print(json.dumps({"kernels": kernel_set().name, "GB_per_s": measure_machine().read / 1e9}))
+    for measure in (behind_a_long_prompt, sampler_share, beside_busy_processes):
+        print(json.dumps({measure.__name__: measure(llm, ids)}), flush=True)
 
 
 if __name__ == "__main__":
