@@ -49,7 +49,7 @@ sanitize: install  ## Kernel and attention tests, and the fuzz target, under Add
 	  PYTHONPATH=$(SANITIZED):$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])') \
 	  $$($(BIN)/python -c 'import sys; print(sys._base_executable)') -m pytest tests/kernels tests/attention tests/fuzz -p no:cacheprovider
 
-# The same for ThreadSanitizer, which wants to know where memory lies: no random addresses.
+# The same for ThreadSanitizer, which wants to know where memory lies (no random addresses) and knows no threads after a fork.
 THREADED := build/threaded
 tsan: install  ## Thread tests under ThreadSanitizer
 	$(PIP) --no-build-isolation --no-deps --upgrade --target $(THREADED) -C build-dir=build/tsan \
@@ -57,7 +57,7 @@ tsan: install  ## Thread tests under ThreadSanitizer
 	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 OMP_NUM_THREADS=1 \
 	  PYTHONPATH=$(THREADED):$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])') \
 	  setarch -R $$($(BIN)/python -c 'import sys; print(sys._base_executable)') -m pytest -p no:cacheprovider \
-	  tests/kernels/test_threads.py tests/attention -k "thread or workspace or callers or number or forked"
+	  tests/kernels/test_threads.py tests/attention -k "(thread or workspace or callers or number) and not forked"
 
 sweep: install  ## Every causal class of transformers, made tiny: writes docs/models.md
 	$(BIN)/python tests/models/sweep.py --write docs/models.md
