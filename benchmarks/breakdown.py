@@ -5,12 +5,15 @@ python benchmarks/breakdown.py --tokens 6000 --weights bf16
 
 import argparse
 import json
+import statistics
+import time
+from dataclasses import replace
 
 import torch
 
 from thresher import LLM
 from thresher.cache.sequence import KVSequence
-from thresher.engine.runner import Work
+from thresher.engine.runner import Runner, Work
 from thresher.evaluation.bench import prompt
 from thresher.kernels import _native
 from thresher.kernels.attention import AttentionPlan
@@ -42,6 +45,21 @@ def linear_seconds(llm: LLM, rows: int, logit_rows: int) -> float:
     inputs = {p.in_features: torch.randn(rows, p.in_features).to(llm.model.dtype) for p in layers}
     last = inputs[head.in_features][:logit_rows]
     return median_seconds(lambda: [p(inputs[p.in_features]) for p in layers] + [head(last)], 5)
+
+
+def loop_against_forward(llm: LLM, ids: list[int], rounds: int = 100) -> dict[str, float]:
+    """Median milliseconds of a token by the plain loop over native layers, and by transformers' forward over them."""
+    runners = {"loop_ms": llm.runner, "forward_ms": Runner(replace(llm.model, stack=None))}
+    sequences = {name: KVSequence(runner.layout) for name, runner in runners.items()}
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    for name, runner in runners.items():
+        runner.run([Work(sequences[name], ids, 1)])
+    for _ in range(rounds):
+        for name, runner in runners.items():
+            begin = time.perf_counter()
+            runner.run([Work(sequences[name], [7], 1)])
+            times[name].append(time.perf_counter() - begin)
+    return {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
 
 
 def main() -> None:
@@ -79,6 +97,7 @@ def main() -> None:
         | {"rest_ms": 1e3 * (whole - linear - attention)}
         for name, (whole, linear, attention) in passes.items()
     }
+    result["one token, in turns"] = loop_against_forward(llm, ids)
     print(json.dumps(result, indent=2))
 
 
