@@ -155,9 +155,10 @@ def estimated_errors(case):
     return (weights[:, here].square() * missed * away).sum(-1).sqrt() / out.norm(dim=-1)
 
 
-def test_certificate(isa):
+@pytest.mark.parametrize("n", [1500, 9000])  # one tile of rows, and several whose greatest scores differ
+def test_certificate(isa, n):
     """Outputs whose estimated error is above `certify` are dense, the others stay what they are; counters agree."""
-    heads, n, kv = Heads(8, 2, 16), 1500, normal(1, 2, 2, 1500, 16, seed=15)
+    heads, kv = Heads(8, 2, 16), normal(1, 2, 2, n, 16, seed=15)
 
     def case_of(parameters):
         case = make(f"K=5,L=30{parameters}", heads, n, kv=kv, seed=15)
