@@ -13,7 +13,7 @@ import torch
 
 from thresher import LLM
 from thresher.cache.sequence import KVSequence
-from thresher.engine.runner import Runner, Work
+from thresher.decoding.runner import Runner, Work
 from thresher.evaluation.bench import prompt
 from thresher.kernels import _native
 from thresher.kernels.attention import AttentionPlan

@@ -9,7 +9,7 @@ import torch
 
 from thresher import LLM
 from thresher.attention.registry import parse_method
-from thresher.engine.runner import Work
+from thresher.decoding.runner import Work
 from thresher.evaluation.bench import prompt
 from thresher.evaluation.teacher import prefill
 from thresher.evaluation.texts import public_text

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from thresher.cache.sequence import KVSequence
-from thresher.engine.runner import Runner, Work
+from thresher.decoding.runner import Runner, Work
 from thresher.models.load import load
 from thresher.models.resolve import resolve
 

@@ -301,6 +301,8 @@ struct Sample {
   const float *edit_factors, *edit_offsets;
   const uint8_t* wants_logsumexp;  // [rows]
   double* logsumexp;               // [rows], of the logits before edits, where wanted
+  const uint8_t* wants_weights;    // [rows]
+  float* weights;                  // [rows, vocab], where wanted: what each token is drawn in proportion to; the largest is 1
   int32_t* tokens;                 // [rows]; -1: the largest logit is not a number, or some logit is NaN
   char* scratch;                   // threads * sample_scratch_bytes(vocab), 64-byte aligned
   int threads;

@@ -179,6 +179,8 @@ inline int32_t draw_from_all(const float* x, int64_t vocab, Weigh weigh, double 
   return int32_t(chosen * sample_chunk + find_weight(s.weights, sample_chunk, target - before));
 }
 
+inline float* weights_of(const Sample& a, int64_t row) { return a.wants_weights[row] ? a.weights + row * a.vocab : nullptr; }
+
 inline int32_t draw_from_kept(const Sample& a, int64_t row, const float* x, float most, Weigh weigh, SampleScratch& s) {
   const int64_t vocab = a.vocab, chunks = (vocab + sample_chunk - 1) / sample_chunk, k = a.top_k[row];
   const double temperature = a.temperature[row], top_p = a.top_p[row], min_p = a.min_p[row];
@@ -229,6 +231,10 @@ inline int32_t draw_from_kept(const Sample& a, int64_t row, const float* x, floa
     for (int64_t i = 0; i < count; ++i) kept[i] = kept[i] < min_p ? 0 : kept[i];
   double mass = 0;
   for (int64_t i = 0; i < count; ++i) mass += kept[i];
+  if (float* to = weights_of(a, row)) {
+    __builtin_memset(to, 0, size_t(vocab) * sizeof(float));
+    for (int64_t i = 0; i < count; ++i) to[s.ids[i]] = kept[i];
+  }
   return s.ids[find_weight(kept, count, a.uniform[row] * mass)];
 }
 
@@ -252,11 +258,21 @@ inline int32_t sample_row(const Sample& a, int64_t row, SampleScratch& s) {
     int64_t i = 0;
     while (s.chunk_max[i / sample_chunk] != most) i += sample_chunk;
     while (x[i] != most) ++i;
+    if (float* to = weights_of(a, row)) {
+      __builtin_memset(to, 0, size_t(a.vocab) * sizeof(float));
+      to[i] = 1;
+    }
     return int32_t(i);
   }
   const Weigh weigh(most, a.temperature[row]);
   const bool all = (a.top_k[row] <= 0 || a.top_k[row] >= a.vocab) && a.top_p[row] >= 1 && a.min_p[row] <= 0;
-  return all ? draw_from_all(x, a.vocab, weigh, a.uniform[row], s) : draw_from_kept(a, row, x, most, weigh, s);
+  if (!all) return draw_from_kept(a, row, x, most, weigh, s);
+  if (float* to = weights_of(a, row)) {
+    int64_t i = 0;
+    for (; i + W <= a.vocab; i += W) store(to + i, weigh(load<vf>(x + i)));
+    for (; i < a.vocab; ++i) to[i] = weigh(splat(x[i]))[0];
+  }
+  return draw_from_all(x, a.vocab, weigh, a.uniform[row], s);
 }
 
 void sample(const Sample& args) {

@@ -77,7 +77,7 @@ void bind_sampling(nb::module_& m) {
       [](const KernelSet& k, uintptr_t logits, int64_t stride, int64_t rows, int64_t vocab, uintptr_t temperature,
          uintptr_t top_k, uintptr_t top_p, uintptr_t min_p, uintptr_t uniform, uintptr_t first_edit, uintptr_t edit_ids,
          uintptr_t edit_factors, uintptr_t edit_offsets, uintptr_t wants_logsumexp, uintptr_t logsumexp,
-         uintptr_t tokens, uintptr_t scratch, int threads) {
+         uintptr_t wants_weights, uintptr_t weights, uintptr_t tokens, uintptr_t scratch, int threads) {
         Sample s{};
         s.logits = at<const float>(logits);
         s.stride = stride;
@@ -94,6 +94,8 @@ void bind_sampling(nb::module_& m) {
         s.edit_offsets = at<const float>(edit_offsets);
         s.wants_logsumexp = at<const uint8_t>(wants_logsumexp);
         s.logsumexp = at<double>(logsumexp);
+        s.wants_weights = at<const uint8_t>(wants_weights);
+        s.weights = at<float>(weights);
         s.tokens = at<int32_t>(tokens);
         s.scratch = at<char>(scratch);
         s.threads = threads;

@@ -4,8 +4,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from thresher.decoding.sampling import SamplingParams
     from thresher.engine.llm import LLM, Completion, Context
-    from thresher.engine.sampling import SamplingParams
 
 # Threads of torch's own operations wait for each other by spinning, without end by default: a neighbour on one of their
 # processors then stops them all. Read when torch loads its OpenMP runtime, so too late if torch is already imported.
@@ -22,7 +22,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(llm, name)
     if name == "SamplingParams":
-        from thresher.engine.sampling import SamplingParams
+        from thresher.decoding.sampling import SamplingParams
 
         return SamplingParams
     raise AttributeError(f"module 'thresher' has no attribute '{name}'")

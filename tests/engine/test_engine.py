@@ -12,10 +12,10 @@ import torch
 from conftest import byte_tokenizer, tiny_module
 from thresher import LLM, SamplingParams
 from thresher.cache.sequence import KVSequence, resident_bytes
+from thresher.decoding.runner import Work
 from thresher.engine import documents
 from thresher.engine.memory import MemoryAccount
 from thresher.engine.requests import Request
-from thresher.engine.runner import Work
 from thresher.engine.scheduler import Scheduler
 from thresher.errors import CapacityError, KVFileBusyError, KVFileDamagedError, KVFileMismatchError, UsageError
 

@@ -15,8 +15,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from thresher.engine.sampler import SampleState, choose, processed_probabilities, prompt_logprobs, random_stream
-from thresher.engine.sampling import SamplingParams
+from thresher.decoding.sampler import SampleState, choose, processed_probabilities, prompt_logprobs, random_stream
+from thresher.decoding.sampling import SamplingParams
 from thresher.errors import ModelError, UsageError
 
 BAD = {

@@ -8,8 +8,8 @@ from thresher import LLM, SamplingParams
 from thresher.attention.index import Index
 from thresher.attention.registry import METHODS, parse_method
 from thresher.cache.sequence import KVSequence
+from thresher.decoding.runner import Work
 from thresher.engine.requests import Request
-from thresher.engine.runner import Work
 
 READ = "sinks=2,window=16,dense_layers=none,dense_below=0"
 SPARSE = {
@@ -210,9 +210,20 @@ def test_another_method_goes_on_with_the_sequence(tiny):
     assert torch.equal(tiny.runner.run([Work(other, [9], True, first)]), logits)
 
 
-def test_several_new_tokens_are_read_densely(tiny):
-    """A question after an answer, as a chat has it."""
+def test_a_question_is_read_densely(tiny):
+    """Also one after an answer, as a chat has it."""
     method = parse_method(SPARSE["topk"])
     sequence, _, _ = step(tiny.runner, prompts()[-1], method)
-    _, captured = tiny.runner.run_captured([Work(sequence, [5, 6, 7], True, method)])
+    _, captured = tiny.runner.run_captured([Work(sequence, [5, 6, 7], True)])
     assert torch.equal(captured.outputs, captured.dense)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_tokens_that_are_verified_read_what_each_would_alone(tiny, name):
+    method = parse_method(SPARSE[name])
+    together, _, _ = step(tiny.runner, prompts()[-1], method)
+    alone, _, _ = step(tiny.runner, prompts()[-1], method)
+    expected = torch.cat([tiny.runner.run([Work(alone, [token], 1, method)]) for token in (5, 6, 7)])
+    logits, captured = tiny.runner.run_captured([Work(together, [5, 6, 7], 3, method)])
+    assert torch.equal(logits, expected)
+    assert torch.equal(captured.outputs, captured.dense) == (name == "streaming")  # a window is part of the pass

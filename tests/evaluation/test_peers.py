@@ -6,7 +6,7 @@ import torch
 
 from conftest import tiny_module
 from thresher.cache.sequence import KVSequence
-from thresher.engine.runner import Runner, Work
+from thresher.decoding.runner import Runner, Work
 from thresher.errors import UsageError
 from thresher.evaluation.llama_cpp import LlamaCpp, sequence_state
 from thresher.evaluation.peers import Transformers, make_peers, preallocated_cache

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from thresher.cache.sequence import KVSequence
-from thresher.engine.runner import Work
+from thresher.decoding.runner import Work
 from thresher.errors import CapacityError, UsageError
 from thresher.evaluation.methods import parse_methods
 from thresher.evaluation.perplexity import begin_tokens, score_windows, summarize, text_windows

@@ -407,7 +407,7 @@ def ask(llm, path, draw, method, other):
     import torch
 
     from thresher.attention.registry import parse_method
-    from thresher.engine.runner import Work
+    from thresher.decoding.runner import Work
     from thresher.errors import ThresherError
 
     try:

@@ -31,7 +31,7 @@ def test_same_tokens_as_in_float64(isa, vocab, temperature):
     for chosen in SETTINGS:
         logits = (3 * rng.standard_normal((50, vocab))).astype(np.float32)
         draws = [Draw(temperature, uniform=u, **chosen) for u in rng.random(50)]
-        tokens, _ = sample(torch.from_numpy(logits), draws)
+        tokens = sample(torch.from_numpy(logits), draws).tokens
         expected = [reference_sample(x, d) for x, d in zip(logits, draws, strict=True)]
         different += sum(a != b for a, b in zip(tokens, expected, strict=True))
         total += 50
@@ -51,7 +51,7 @@ def test_a_token_is_possible(logits, temperature, top_k, top_p, min_p, uniform):
     """Many equals: whatever is drawn has a probability, also at both ends of the uniform numbers."""
     x = np.array(logits, np.float32)
     draw = Draw(temperature, top_k, top_p, min_p, uniform)
-    (token,), _ = sample(torch.from_numpy(x)[None], [draw])
+    (token,) = sample(torch.from_numpy(x)[None], [draw]).tokens
     if x.max() == -math.inf:
         assert token == -1
     else:
@@ -67,7 +67,7 @@ def test_a_token_is_possible(logits, temperature, top_k, top_p, min_p, uniform):
 def test_rows_that_are_not_numbers(isa, bad, at, temperature):
     logits = torch.randn(3, 100, generator=torch.Generator().manual_seed(0))
     logits[1, at] = bad
-    tokens, _ = sample(logits, [Draw(temperature, top_p=0.9, uniform=0.5)] * 3)
+    tokens = sample(logits, [Draw(temperature, top_p=0.9, uniform=0.5)] * 3).tokens
     assert tokens[1] == -1
     assert tokens[0] >= 0
     assert tokens[2] >= 0
@@ -80,7 +80,8 @@ def test_edits_and_logsumexp(isa):
     edits = Edits(best[:2], np.array([1.0, 100.0], np.float32), np.array([-np.inf, 0], np.float32))
     draws = [Draw(0.0, edits=edits, logsumexp=True), Draw(0.0, logsumexp=True)]
     before = logits.clone()
-    tokens, logsumexp = sample(logits, draws)
+    drawn = sample(logits, draws)
+    tokens, logsumexp = drawn.tokens, drawn.logsumexp
     assert tokens == [best[2], int(logits[1].argmax())]
     assert torch.allclose(torch.tensor(logsumexp, dtype=torch.float64), logits.double().logsumexp(-1), atol=1e-6)
     assert torch.equal(logits, before)
@@ -89,4 +90,29 @@ def test_edits_and_logsumexp(isa):
 def test_greedy_takes_the_first_of_equals(isa):
     logits = torch.zeros(1, 300)
     logits[0, [70, 71, 200]] = 2.0
-    assert sample(logits, [Draw(0.0)])[0] == [70]
+    assert sample(logits, [Draw(0.0)]).tokens == [70]
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 64, 1000, 4133])
+@pytest.mark.parametrize("chosen", SETTINGS, ids=str)
+def test_weights_are_the_distribution(isa, vocab, chosen):
+    rng = np.random.default_rng(vocab)
+    logits = (3 * rng.standard_normal((6, vocab))).astype(np.float32)
+    ids = np.arange(0, vocab, 3, dtype=np.int32)
+    edits = Edits(ids, np.full(ids.size, 1.3, np.float32), np.full(ids.size, -0.2, np.float32))
+    draws = [Draw(0.7, uniform=0.4, edits=edits, weights=i != 2, **chosen) for i in range(5)]
+    draws.append(Draw(0.0, edits=edits, weights=True))
+    drawn = sample(torch.from_numpy(logits), draws)
+    for row, draw in enumerate(draws):
+        if not draw.weights:
+            continue
+        weights = drawn.weights[row].double().numpy()
+        assert weights.max() == 1
+        assert weights[drawn.tokens[row]] > 0
+        expected = (
+            reference_distribution(logits[row], draw)
+            if draw.temperature
+            else np.eye(vocab)[reference_sample(logits[row], draw)]
+        )
+        assert np.abs(weights / weights.sum() - expected).max() < 1e-5
+    assert sample(torch.from_numpy(logits), [Draw(1.0)] * 6).weights is None

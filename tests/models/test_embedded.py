@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from thresher.cache.sequence import KVSequence
-from thresher.engine.runner import Runner, Work
+from thresher.decoding.runner import Runner, Work
 from thresher.models.fuse import DecoderLayer
 from thresher.models.load import load
 from thresher.models.resolve import resolve

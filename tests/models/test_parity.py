@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_module
+from thresher.decoding.runner import Runner, Work
+from thresher.decoding.sampling import SamplingParams
 from thresher.engine.memory import MemoryAccount
 from thresher.engine.requests import Request
-from thresher.engine.runner import Runner, Work
-from thresher.engine.sampling import SamplingParams
 from thresher.engine.scheduler import Scheduler
 from thresher.models.fuse import Attention, DecoderLayer, GatedMLP, RMSNorm
 from thresher.models.load import prepare

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from thresher.cache.sequence import KVSequence
-from thresher.engine.runner import Runner, Work
+from thresher.decoding.runner import Runner, Work
 from thresher.evaluation.llama_cpp import AS_IT_LIES, LlamaCpp
 from thresher.evaluation.texts import public_text
 from thresher.models.check import divergence

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from thresher.cli.terminal import say
@@ -50,6 +50,8 @@ def show_answers(events: Iterator[Any], labels: list[str], samples: int, quiet: 
                 answer["logprobs"].append({"logprob": event.choice.logprob, "top": event.choice.top})
         answer["text"] += event.text
         answer["finish_reason"] = event.finish_reason
+        if event.speculation:
+            answer["speculation"] = asdict(event.speculation)
         if error := event.error:
             answer["error"] = str(error)
             errors.append(error)
@@ -90,6 +92,23 @@ def say_readings(times: dict[str, float]) -> None:
     if times.get("outputs_checked"):
         share = 100 * times["outputs_escalated"] / times["outputs_checked"]
         say(f"{share:.2f} % of {times['outputs_checked']:.0f} attention outputs were uncertain and answered densely")
+
+
+def say_speculation(answers: list[list[dict[str, Any]]]) -> None:
+    """What drafts were worth."""
+    found = [a for samples in answers for a in samples if "speculation" in a]
+    passes = sum(a["speculation"]["passes"] for a in found)
+    if not passes:
+        return
+    tokens = sum(len(a["token_ids"]) for a in found) - len(found)  # the first of each comes with the prompt
+    drafted, accepted = (sum(sum(a["speculation"][name]) for a in found) for name in ("drafted", "accepted"))
+    if not drafted:
+        say("speculation: no drafts, as none would have paid")
+        return
+    say(
+        f"speculation: {tokens / passes:.2f} tokens a pass, "
+        f"{100 * accepted / drafted:.0f} % of {drafted} drafted tokens accepted"
+    )
 
 
 def say_cut(answers: list[list[dict[str, Any]]], max_new_tokens: int) -> None:

@@ -6,9 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from thresher.attention import DEFAULT_ATTENTION
 from thresher.cli import options as o
-from thresher.cli.answers import Shown, say_cut, say_readings, show_answers
+from thresher.cli.answers import Shown, say_cut, say_readings, say_speculation, show_answers
 from thresher.cli.terminal import progress_bar, say, stderr, stdin_lines, write_json
 from thresher.errors import ModelError, ThresherError, UsageError
 
@@ -33,7 +32,8 @@ def ask(
     weights: Annotated[
         str | None, typer.Option(help="Number format of the weights. Default: that the file was made with.")
     ] = None,
-    attention: o.Attention = DEFAULT_ATTENTION,
+    attention: o.AttentionOrNot = None,
+    speculate: o.Speculate = None,
     certify: o.Certify = None,
     running: o.Running,
     json: o.Json = None,
@@ -48,12 +48,13 @@ def ask(
     one_by_one = listed in ([], ["-"])
     if not listed and not sys.stdin.isatty():
         raise UsageError("give a question, or - to read questions from standard input, one a line")
-    drawn = sampling.drawn()
+    method = o.certified(attention, certify)
+    o.checked_speculation(speculate, method)
+    drawn = sampling.drawn(speculate)
     params = drawn.params(json)
     made = o.kv_header(file)  # a wrong file is told before the model is loaded
-    method = o.certified(attention, certify)
     try:
-        llm = running.load(model or made.model or "smollm2-135m-instruct", weights or made.weights, method)
+        llm = running.load(model or made.model or "smollm2-135m-instruct", weights or made.weights, method, speculate)
     except ModelError as error:
         if model or not made.model:
             raise
@@ -79,6 +80,7 @@ def ask(
         shown = show_answers(events, asked, sampling.n, quiet, labelled)
         say_cut(shown.answers, sampling.max_new_tokens)
         say_readings(shown.times)
+        say_speculation(shown.answers)
         return shown
 
     if one_by_one:

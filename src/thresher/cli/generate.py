@@ -6,7 +6,7 @@ import typer
 
 from thresher.attention import DEFAULT_ATTENTION
 from thresher.cli import options as o
-from thresher.cli.answers import say_cut, say_readings, show_answers
+from thresher.cli.answers import say_cut, say_readings, say_speculation, show_answers
 from thresher.cli.read import MOST_BYTES
 from thresher.cli.terminal import read_text, say, write_json
 from thresher.errors import UsageError
@@ -29,7 +29,8 @@ def generate(
     sampling: o.Sampling,
     model: o.Model = "smollm2-135m-instruct",
     weights: o.Weights = "bf16",
-    attention: o.Attention = DEFAULT_ATTENTION,
+    attention: o.AttentionOrNot = None,
+    speculate: o.Speculate = None,
     certify: o.Certify = None,
     running: o.Running,
     json: o.Json = None,
@@ -44,13 +45,15 @@ def generate(
         raise UsageError("give a prompt, or --file with one, or --messages with a conversation")
     if raw and (messages or system is not None):
         raise UsageError("--raw continues a text; it has no --messages and no --system")
-    drawn = sampling.drawn()
+    method = o.certified(attention, certify)
+    o.checked_speculation(speculate, method)
+    drawn = sampling.drawn(speculate)
     params = drawn.params(json)
     text = read_text(file, MOST_BYTES) if file else o.utf8("the prompt", prompt or "")
     turns = read_messages(messages) if messages else []
     if system is not None:
         turns = [message("system", o.utf8("--system", system)), *(turns or [message("user", text)])]
-    llm = running.load(model, weights, o.certified(attention, certify))
+    llm = running.load(model, weights, method, speculate)
     framing = "plain" if raw else default_framing(llm.model.tokenizer)
     if turns and framing == "plain":
         raise UsageError(f"{llm.model.name} has no chat template; give a prompt alone")
@@ -64,7 +67,8 @@ def generate(
     if drawn is not sampling:
         say(f"--seed {drawn.seed} gives this again")
     say_readings(times)
-    if attention != DEFAULT_ATTENTION and llm.dense_up_to and "rows_read" not in times:
+    say_speculation(shown.answers)
+    if attention not in (None, DEFAULT_ATTENTION) and llm.dense_up_to and "rows_read" not in times:
         say(f"attention was dense: {llm.attention} begins beyond {llm.dense_up_to} tokens")
     asked = {"messages": turns} if turns else {"prompt": text}
     write_json(json, {"model": llm.model.name, **asked, "seed": drawn.seed, "answers": shown.answers[0]} | times)

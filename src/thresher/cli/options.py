@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from thresher.attention import DEFAULT_ATTENTION
 from thresher.cli.terminal import check_json_target
 from thresher.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from thresher.cache.format import KVFileInfo
-    from thresher.engine.sampling import SamplingParams
+    from thresher.decoding.sampling import SamplingParams
 
 MOST_THREADS = 1024
 _MOST_MIB = 2**40  # more would not count its bytes in 64 bits
@@ -58,6 +59,15 @@ Attention = Annotated[
     typer.Option(
         help="What a generated token reads of the cache: auto (dense while the context is short, then a small part), "
         "dense (exact), or any of `thresher methods`, as lsh:K=9,L=120."
+    ),
+]
+AttentionOrNot = Annotated[str | None, *Attention.__metadata__]
+Speculate = Annotated[
+    str | None,
+    typer.Option(
+        help="Draft tokens and verify them, which gives the same answer sooner: auto (what pays, if anything does), "
+        "self:auto (the model's own drafts with sparse attention), ngram, model:ID, each with ,gamma=4 for drafts of 4 "
+        "tokens; none. Attention is then dense unless told otherwise."
     ),
 ]
 Certify = Annotated[
@@ -98,7 +108,7 @@ class Running:
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model, if you trust it.")
     ] = False
 
-    def load(self, model: str, weights: str, attention: str) -> Any:
+    def load(self, model: str, weights: str, attention: str | None, speculate: str | None = None) -> Any:
         """The LLM, with messages of what takes long on stderr."""
         from thresher.cli.terminal import say, stderr
 
@@ -112,6 +122,7 @@ class Running:
             return LLM(
                 model,
                 attention=attention,
+                speculate=speculate,
                 weights=weights,
                 kv_budget=self.kv_budget * 2**20 if self.kv_budget else None,
                 allow_extrapolation=self.allow_extrapolation,
@@ -162,14 +173,15 @@ class Sampling:
     ] = None
     n: Annotated[int, typer.Option("--n", help="Number of answers; they share the prompt's cache.")] = 1
 
-    def drawn(self) -> "Sampling":
-        """With a seed where random numbers are used, so that it can be told and used again."""
-        known = self.seed is not None or self.temperature == 0
+    def drawn(self, speculate: str | None = None) -> "Sampling":
+        """With a seed where random numbers are used, so that it can be told and used again. With drafts only one that
+        was given: keeping to it makes them right less often."""
+        known = self.seed is not None or self.temperature == 0 or speculate not in (None, "none")
         return self if known else replace(self, seed=secrets.randbits(32))
 
     def params(self, json: Path | None) -> "SamplingParams":
         """Raises UsageError on a value that makes no sense."""
-        from thresher.engine.sampling import SamplingParams
+        from thresher.decoding.sampling import SamplingParams
 
         if json is None and (self.logprobs is not None or self.prompt_logprobs is not None):
             raise UsageError("log-probabilities are written with --json only; add it, e.g. --json -")
@@ -264,10 +276,23 @@ def numbers(name: str, text: str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def certified(attention: str, bound: float | None) -> str:
+def checked_speculation(speculate: str | None, attention: str | None) -> None:
+    """Before anything is loaded. Raises UsageError if drafts are not what they can be, or cannot be verified so."""
+    if speculate is None:
+        return
+    from thresher.attention.registry import parse_method
+    from thresher.speculation.settings import parse_speculation
+
+    settings = parse_speculation(utf8("--speculate", speculate))
+    if settings and attention:
+        settings.check_target(parse_method(attention))
+
+
+def certified(attention: str | None, bound: float | None) -> str | None:
     """The method with an error bound. Raises UsageError if it estimates no error."""
     if bound is None:
         return attention
+    attention = attention or DEFAULT_ATTENTION
     from thresher.attention.lsh import LSH
     from thresher.attention.registry import parse_method
 

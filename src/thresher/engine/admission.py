@@ -1,13 +1,14 @@
 """Which requests may begin: those whose memory, all that they may come to need, fits into the account."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from thresher.attention.index import Index, index_bytes_per_token
+from thresher.decoding.runner import Runner
 from thresher.engine.memory import MemoryAccount
 from thresher.engine.requests import Request
-from thresher.engine.runner import Runner
 from thresher.errors import CapacityError, UsageError
+from thresher.speculation.drafters import DraftModel
 
 OVERTAKES = 8  # requests that may be admitted past one that does not fit yet
 
@@ -38,8 +39,11 @@ class Waiting:
 class Admission:
     """The requests that wait, in order of arrival."""
 
-    def __init__(self, runner: Runner, memory: MemoryAccount, positions: int) -> None:
-        """positions: longest sequence."""
+    def __init__(
+        self, runner: Runner, memory: MemoryAccount, positions: int, draft_models: Mapping[str, DraftModel]
+    ) -> None:
+        """positions: longest sequence; draft_models: by name, their caches count as well."""
+        self._draft_models = draft_models
         self._runner = runner
         self._memory = memory
         self._positions = positions
@@ -52,12 +56,16 @@ class Admission:
         left = self._positions - request.prompt_length + 1
         limit = 0 if request.grow else min(request.params.max_new_tokens, left)
         grown = max(limit - 1, 0)
-        index = index_bytes_per_token(request.method, self._runner.index_shape, self._runner.model.layers)
+        index = index_bytes_per_token(request.indexed, self._runner.index_shape, self._runner.model.layers)
         prompt = (request.prompt_length if request.grow else len(request.token_ids)) * row
         sample = grown * row
-        if index and request.prompt_length + grown > self._runner.dense_up_to(request.method):
+        if request.speculation and request.speculation.model and not request.grow:
+            drafting = self._draft_models[request.speculation.model].runner.layout.bytes_per_token
+            prompt += request.prompt_length * drafting
+            sample += grown * drafting
+        if index and request.prompt_length + grown > self._runner.dense_up_to(request.indexed):
             base = request.base.index if request.base is not None else None
-            shared = base.bytes if isinstance(base, Index) and base.serves(request.method) else 0
+            shared = base.bytes if isinstance(base, Index) and base.serves(request.indexed) else 0
             prompt += max(0, round(index * request.prompt_length) - shared)
             sample += round(index * grown)
         return Needs(prompt, sample, limit)

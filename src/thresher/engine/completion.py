@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from thresher.decoding.sampler import Choice
 from thresher.engine.requests import Event, PromptUsage
-from thresher.engine.sampler import Choice
+from thresher.speculation.speculator import SpeculationStats
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Completion:
     choices: a token each, with log-probabilities if they were asked for. finish_reason: "stop", "length", "cancelled"
     or "error"; matched: the stop string or token that ended it; error: what went wrong. prompt_tokens, cached_tokens:
     of the prompt in all, and of the context that it went on from; prompt_logprobs: of its tokens, if asked for.
-    seed: of its random numbers.
+    seed: of its random numbers. speculation: what became of drafts, if there were any to be.
     """
 
     text: str
@@ -26,6 +27,7 @@ class Completion:
     cached_tokens: int = 0
     prompt_logprobs: tuple[Choice | None, ...] | None = None
     seed: int | None = None
+    speculation: SpeculationStats | None = None
 
     @property
     def token_ids(self) -> list[int]:
@@ -62,6 +64,7 @@ def collect(events: Iterable[Event], prompts: int) -> list[list[Completion]]:
                 part.prompt.cached,
                 part.prompt.logprobs,
                 event.seed,
+                event.speculation,
             )
     errors = [c.error for c in done.values() if c.error]
     if errors and len(errors) == len(done):

@@ -15,7 +15,7 @@ from thresher.attention.sparse import Shape, SparseMethod
 from thresher.cache.file import KVFileWriter, open_kv, save
 from thresher.cache.format import Identity, KVFileInfo, Source
 from thresher.cache.sequence import KVSequence
-from thresher.engine.runner import Runner
+from thresher.decoding.runner import Runner
 from thresher.errors import KVFileDamagedError, UsageError
 
 _LONGEST_METHOD = 1000  # characters: a name that is not known is compared with all that are

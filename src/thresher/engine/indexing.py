@@ -10,8 +10,8 @@ from thresher.attention.base import AttentionMethod
 from thresher.attention.index import Growth, Index, index_bytes_per_token
 from thresher.attention.snapkv import SnapKV
 from thresher.attention.sparse import RECENT_QUERIES
+from thresher.decoding.runner import Runner
 from thresher.engine.requests import Request
-from thresher.engine.runner import Runner
 from thresher.engine.sample import Holder
 
 
@@ -48,7 +48,7 @@ class IndexBuilder:
 
     def observed(self, request: Request, holder: Holder) -> int:
         """The last tokens of a prompt whose queries its index is fitted to, 0 if it needs none."""
-        method, index = request.method, holder.sequence.index
+        method, index = request.indexed, holder.sequence.index
         if request.grow or method is None or len(request.token_ids) < RECENT_QUERIES:
             return 0
         if request.prompt_length <= self._runner.dense_up_to(method):

@@ -8,9 +8,12 @@ from typing import Any
 
 from thresher.attention import DEFAULT_ATTENTION
 from thresher.attention.base import AttentionMethod
+from thresher.attention.dense import Dense
 from thresher.attention.registry import parse_method
 from thresher.cache.format import Identity, KVFileInfo
 from thresher.cache.sequence import KVSequence
+from thresher.decoding.runner import Runner
+from thresher.decoding.sampling import SamplingParams
 from thresher.engine.completion import Completion, collect
 from thresher.engine.documents import (
     Context,
@@ -30,17 +33,18 @@ from thresher.engine.framing import (
     question_tokens,
 )
 from thresher.engine.memory import MemoryAccount
-from thresher.engine.requests import Event, Request
-from thresher.engine.runner import Runner
-from thresher.engine.sampling import SamplingParams
+from thresher.engine.requests import Event, Request, indexed_method
 from thresher.engine.scheduler import PASS_SECONDS, Scheduler
 from thresher.errors import UsageError
 from thresher.machine.memory import available_memory
-from thresher.models.load import load
+from thresher.models.load import load, same_tokens
 from thresher.models.resolve import DEFAULT_MODEL, resolve
+from thresher.speculation.drafters import DraftModel
+from thresher.speculation.settings import Speculation, parse_speculation
 
 __all__ = ["LLM", "Completion", "Context"]
 
+DENSE = Dense()
 Prompts = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | Sequence[str | Sequence[int]]
 Messages = Sequence[Mapping[str, str]]
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -58,7 +62,8 @@ class LLM:
         self,
         model: str | Path = DEFAULT_MODEL,
         *,
-        attention: str | AttentionMethod = DEFAULT_ATTENTION,
+        attention: str | AttentionMethod | None = None,
+        speculate: str | Speculation | None = None,
         weights: str = "bf16",
         kv_budget: int | None = None,
         chunk_size: int = 512,
@@ -71,7 +76,9 @@ class LLM:
 
         model: a hub id, folder, .gguf file or the embedded default. attention: how generated tokens read the cache, as
         "dense" (exact), "auto" (dense where a context is short, else what it takes for nearly the same) or any of
-        `thresher methods`, as "streaming:sinks=4,window=1024". weights: bf16, int8 or float32 (keys, values and
+        `thresher methods`, as "streaming:sinks=4,window=1024"; None is "auto", and "dense" with `speculate`. speculate:
+        draft tokens and verify them, which gives those of plain decoding sooner: "auto", "self:auto,gamma=4",
+        "model:ID", "ngram", or None. weights: bf16, int8 or float32 (keys, values and
         activations are float32 only with float32 weights). kv_budget: bytes that contexts and requests may hold in
         keys, values and indexes, by default half of the free memory. chunk_size: most prompt tokens of one pass.
         pass_seconds: about how long a pass may take while something else waits. allow_extrapolation: permit sequences
@@ -85,11 +92,18 @@ class LLM:
             raise UsageError(f"pass_seconds={pass_seconds}: must be above 0")
         if kv_budget is not None and kv_budget < 1:
             raise UsageError(f"kv_budget={kv_budget}: must be a number of bytes above 0")
-        self.attention = parse_method(attention) if isinstance(attention, str) else attention
+        self.speculation = parse_speculation(speculate) if isinstance(speculate, str) else speculate
+        self._attention_free = attention is None
+        self.attention = _method(attention, DENSE if self.speculation else parse_method(DEFAULT_ATTENTION))
+        if self.speculation:
+            self.speculation.check_target(self.attention)
         self._progress = progress
         self.source = resolve(model, progress)
         self.model = load(self.source, weights, trust_remote_code, progress)
         self.runner = Runner(self.model)
+        self._draft_models: dict[str, DraftModel] = {}
+        if self.speculation and self.speculation.model:
+            self._draft_models[self.speculation.model] = self._load_draft_model(self.speculation, trust_remote_code)
         self.positions = 1 << 40 if allow_extrapolation else self.model.positions
         self.kv_budget = kv_budget or available_memory() // 2
         self.chunk_size = chunk_size
@@ -98,9 +112,25 @@ class LLM:
         self.engine = Engine(self.scheduler())
         self._preparing = threading.Lock()
 
+    def _load_draft_model(self, speculation: Speculation, trust_remote_code: bool) -> DraftModel:
+        """Raises UsageError if its tokens are not those of the model."""
+        name = str(speculation.model)
+        weights = speculation.weights or self.model.weights
+        drafting = load(resolve(name, self._progress), weights, trust_remote_code, self._progress)
+        if not same_tokens(drafting, self.model):
+            raise UsageError(
+                f"speculate: {drafting.name} has another vocabulary than {self.model.name}; drafts need the same tokens"
+            )
+        return DraftModel(Runner(drafting), speculation.method)
+
     @property
     def identity(self) -> Identity:
         return Identity(self.model.name, self.model.fingerprint, self.model.tokenizer_fingerprint)
+
+    @property
+    def indexed(self) -> AttentionMethod:
+        """The method that documents are indexed for: of the model's own drafts if it makes any, else `attention`."""
+        return indexed_method(self.attention, self.speculation)
 
     @property
     def dense_up_to(self) -> int:
@@ -116,16 +146,17 @@ class LLM:
         framing: str = "plain",
         *,
         attention: str | AttentionMethod | None = None,
+        speculate: str | Speculation | None = None,
     ) -> list[list[Completion]]:
         """`params.n` answers to each prompt: a text, a list of token ids, or several of either. framing "chat" wraps
         texts as a user's message. attention: another method than the model's own.
 
         With one `params` for several prompts each draws random numbers of its own; with a list, a prompt's answer
         depends on its own seed alone. A prompt that fails while others run has completions whose finish_reason is
-        "error"; if all fail, the first error is raised.
+        "error"; if all fail, the first error is raised. speculate: other drafts than the LLM's own, "none" for none.
         """
         listed = _prompts(prompts)
-        return collect(self.stream(listed, params, framing, attention=attention), len(listed))
+        return collect(self.stream(listed, params, framing, attention=attention, speculate=speculate), len(listed))
 
     def stream(
         self,
@@ -134,13 +165,14 @@ class LLM:
         framing: str = "plain",
         *,
         attention: str | AttentionMethod | None = None,
+        speculate: str | Speculation | None = None,
     ) -> Iterator[Event]:
         """The same, token by token, of all prompts as they come. Events name their prompt by its place; leaving the
         iterator cancels what still runs."""
         tokenizer = self.model.tokenizer
         known = _known(framing)
         ids = [prompt_tokens(tokenizer, p, known) if isinstance(p, str) else p for p in _prompts(prompts)]
-        return self._submit([(i, None) for i in ids], params, attention)
+        return self._submit([(i, None) for i in ids], params, attention, speculate)
 
     def chat(
         self,
@@ -148,11 +180,12 @@ class LLM:
         params: Params = None,
         *,
         attention: str | AttentionMethod | None = None,
+        speculate: str | Speculation | None = None,
     ) -> list[list[Completion]]:
         """Answers to a conversation, or to each of several: `[{"role": "user", "content": "..."}, ...]`, with a system
         prompt and earlier turns as the model's template knows them."""
         listed = _conversations(messages)
-        return collect(self.stream_chat(listed, params, attention=attention), len(listed))
+        return collect(self.stream_chat(listed, params, attention=attention, speculate=speculate), len(listed))
 
     def stream_chat(
         self,
@@ -160,10 +193,11 @@ class LLM:
         params: Params = None,
         *,
         attention: str | AttentionMethod | None = None,
+        speculate: str | Speculation | None = None,
     ) -> Iterator[Event]:
         """The same, token by token."""
         ids = [conversation_tokens(self.model.tokenizer, m) for m in _conversations(messages)]
-        return self._submit([(i, None) for i in ids], params, attention)
+        return self._submit([(i, None) for i in ids], params, attention, speculate)
 
     # Documents -------------------------------------------------------------------------------------------------------
 
@@ -188,7 +222,7 @@ class LLM:
         self.engine.check(self._document_request(KVSequence(self.runner.layout), token_ids))
         source = source_of(name, text)
         if path is None:
-            context = read_document(self.runner, self._prefill, token_ids, source, framing, self.attention, progress)
+            context = read_document(self.runner, self._prefill, token_ids, source, framing, self.indexed, progress)
         else:
             layout, weights, model = self.runner.layout, self.model.weights, self.source.reference
             info = KVFileInfo(self.identity, layout, len(token_ids), weights, framing, source, model)
@@ -198,7 +232,7 @@ class LLM:
                 Path(path),
                 info,
                 token_ids,
-                self.attention,
+                self.indexed,
                 resume,
                 progress,
                 self._progress,
@@ -218,7 +252,7 @@ class LLM:
         If the file has no index, or one of another method, the first answer builds it in memory; `progress` of the LLM
         tells.
         """
-        context, remark = open_document(self.runner, Path(path), self.identity, self.attention, verify, progress)
+        context, remark = open_document(self.runner, Path(path), self.identity, self.indexed, verify, progress)
         if remark:
             self._progress(remark)
         self.memory.hold(context.sequence)
@@ -229,7 +263,7 @@ class LLM:
         KVFileBusyError."""
         with self._preparing:
             model = self.source.reference
-            save_document(self.runner, context, Path(path), self.identity, model, self.attention, self._progress)
+            save_document(self.runner, context, Path(path), self.identity, model, self.indexed, self._progress)
 
     def ask(
         self,
@@ -238,10 +272,13 @@ class LLM:
         params: Params = None,
         *,
         attention: str | AttentionMethod | None = None,
+        speculate: str | Speculation | None = None,
     ) -> list[list[Completion]]:
         """Answer several questions on one context at once; they share its cache and do not see each other."""
         listed = [questions] if isinstance(questions, str) else list(questions)
-        return collect(self.stream_answers(context, listed, params, attention=attention), len(listed))
+        return collect(
+            self.stream_answers(context, listed, params, attention=attention, speculate=speculate), len(listed)
+        )
 
     def stream_answers(
         self,
@@ -250,13 +287,14 @@ class LLM:
         params: Params = None,
         *,
         attention: str | AttentionMethod | None = None,
+        speculate: str | Speculation | None = None,
     ) -> Iterator[Event]:
         """The same, token by token."""
         listed = [questions] if isinstance(questions, str) else list(questions)
         tokens = [question_tokens(self.model.tokenizer, q, context.framing) for q in listed]
         with self._preparing:  # so that the questions share the index
-            self.runner.prepare(context.sequence, self._method(attention))
-        return self._submit([(t, context.sequence) for t in tokens], params, attention)
+            self.runner.prepare(context.sequence, indexed_method(*self._reading(attention, speculate)))
+        return self._submit([(t, context.sequence) for t in tokens], params, attention, speculate)
 
     # The engine ------------------------------------------------------------------------------------------------------
 
@@ -268,31 +306,46 @@ class LLM:
             positions=self.positions,
             chunk_size=self.chunk_size,
             pass_seconds=self.pass_seconds,
+            draft_models=self._draft_models,
         )
 
-    def _method(self, attention: str | AttentionMethod | None) -> AttentionMethod:
-        return parse_method(attention) if isinstance(attention, str) else attention or self.attention
+    def _reading(
+        self, attention: str | AttentionMethod | None, speculate: str | Speculation | None
+    ) -> tuple[AttentionMethod, Speculation | None]:
+        """How a call reads the cache, and how it drafts. Raises UsageError if the two do not go together."""
+        if speculate is None:
+            speculation = self.speculation
+        else:
+            speculation = parse_speculation(speculate) if isinstance(speculate, str) else speculate
+        asked = speculation is not None and self._attention_free
+        method = _method(attention, DENSE if asked else self.attention)
+        if speculation:
+            speculation.check_target(method)
+            if speculation.model and speculation.model not in self._draft_models:
+                raise UsageError(f"speculate: {speculation.model} is not loaded; give it to LLM(speculate=...)")
+        return method, speculation
 
     def _submit(
         self,
         prompts: list[tuple[Sequence[int], KVSequence | None]],
         params: Params,
         attention: str | AttentionMethod | None,
+        speculate: str | Speculation | None,
     ) -> Iterator[Event]:
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(prompts):
             raise UsageError(f"{len(prompts)} prompts but {len(each)} sampling parameters")
-        method = self._method(attention)
+        method, speculation = self._reading(attention, speculate)
         shared = not isinstance(params, Sequence)  # one seed for several prompts: each draws numbers of its own
         requests = [
-            Request(self.engine.new_id(), ids, chosen, base, method, number if shared else 0)
+            Request(self.engine.new_id(), ids, chosen, base, method, speculation, number if shared else 0)
             for number, ((ids, base), chosen) in enumerate(zip(prompts, each, strict=True))
         ]
         return _placed(self.engine.submit(requests), [r.id for r in requests])
 
     def _document_request(self, sequence: KVSequence, token_ids: list[int]) -> Request:
         params = SamplingParams(max_new_tokens=0)
-        return Request(self.engine.new_id(), token_ids, params, sequence, self.attention, grow=True)
+        return Request(self.engine.new_id(), token_ids, params, sequence, self.indexed, grow=True)
 
     def _prefill(self, sequence: KVSequence, token_ids: list[int], progress: Callable[[int, int], None]) -> None:
         """Append the tokens that a sequence has not yet; the engine reads them beside what else it does."""
@@ -307,6 +360,10 @@ class LLM:
                     progress(event.prompt_done, len(token_ids))
         finally:
             stream.close()
+
+
+def _method(attention: str | AttentionMethod | None, default: AttentionMethod) -> AttentionMethod:
+    return parse_method(attention) if isinstance(attention, str) else attention or default
 
 
 def _placed(stream: Stream, ids: list[int]) -> Iterator[Event]:

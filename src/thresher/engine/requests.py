@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 from thresher.attention.base import AttentionMethod
 from thresher.attention.index import Readings
+from thresher.attention.sparse import SparseMethod
 from thresher.cache.sequence import KVSequence
-from thresher.engine.sampler import Choice
-from thresher.engine.sampling import SamplingParams
+from thresher.decoding.sampler import Choice
+from thresher.decoding.sampling import SamplingParams
+from thresher.speculation.settings import Speculation
+from thresher.speculation.speculator import SpeculationStats
 
 
 @dataclass(frozen=True)
@@ -15,8 +19,9 @@ class Request:
     """Tokens to read on top of `base` (a cached context, or nothing), then `params.n` answers.
 
     id: names it in events; no two requests that run have the same. number: its place among the requests of one call;
-    with the seed it decides the random numbers. method: how generated tokens read the cache. priority: lower goes
-    first. grow: no answers; the tokens become part of `base` itself, as a document is read.
+    with the seed it decides the random numbers. method: how generated tokens read the cache. speculation: how drafts
+    are made, None for none. priority: lower goes first. grow: no answers; the tokens become part of `base` itself, as a
+    document is read.
     """
 
     id: int
@@ -24,6 +29,7 @@ class Request:
     params: SamplingParams
     base: KVSequence | None = None
     method: AttentionMethod | None = None
+    speculation: Speculation | None = None
     number: int = 0
     priority: int = 0
     grow: bool = False
@@ -31,6 +37,21 @@ class Request:
     @property
     def prompt_length(self) -> int:
         return len(self.token_ids) + (self.base.length if self.base else 0)
+
+    @property
+    def indexed(self) -> AttentionMethod | None:
+        """The method that an index is built for: that of the model's own drafts, if it makes any."""
+        return indexed_method(self.method, self.speculation)
+
+
+@overload
+def indexed_method(method: AttentionMethod, speculation: Speculation | None) -> AttentionMethod: ...
+@overload
+def indexed_method(method: AttentionMethod | None, speculation: Speculation | None) -> AttentionMethod | None: ...
+def indexed_method(method: AttentionMethod | None, speculation: Speculation | None) -> AttentionMethod | None:
+    """The method that an index is built for: that of the model's own drafts if it makes any, else how it is read."""
+    drafting = speculation.self_method if speculation else None
+    return method if drafting is None or isinstance(method, SparseMethod) else drafting
 
 
 @dataclass(frozen=True)
@@ -50,7 +71,8 @@ class Event:
     request: the request's id (from `LLM.stream`: the place of its prompt). prompt: with the first event of a sample.
     finish_reason: None while it goes on; "stop" (an end token, or a stop token or string), "length", "cancelled" or
     "error". At the end, matched: the stop string or token that ended it; error: what went wrong; readings: what sparse
-    attention has read; seed: of its random numbers. prompt_done: tokens read so far, of a document that is being read.
+    attention has read; seed: of its random numbers; speculation: what became of drafts. prompt_done: tokens read so
+    far, of a document that is being read.
     """
 
     request: int
@@ -62,5 +84,6 @@ class Event:
     error: Exception | None = None
     readings: Readings | None = None
     seed: int | None = None
+    speculation: SpeculationStats | None = None
     prompt: PromptUsage | None = None
     prompt_done: int | None = None

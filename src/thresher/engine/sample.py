@@ -7,9 +7,10 @@ import torch
 
 from thresher.attention.index import Growth, Index, Readings
 from thresher.cache.sequence import KVSequence
+from thresher.decoding.sampler import Choice, SampleState
 from thresher.engine.requests import Event, PromptUsage, Request
-from thresher.engine.sampler import Choice, SampleState
 from thresher.engine.stopping import TextStream
+from thresher.speculation.speculator import Speculating
 
 
 @dataclass(eq=False)
@@ -27,7 +28,8 @@ class Holder:
 
 @dataclass(eq=False)
 class Sample(Holder):
-    """Sample number `number` of a request. pending: the token that was chosen and is not yet in the cache."""
+    """Sample number `number` of a request. pending: the token that was chosen and is not yet in the cache.
+    speculating: how drafts are made for it, None for none."""
 
     request: Request = field(kw_only=True)
     number: int = field(kw_only=True)
@@ -35,6 +37,7 @@ class Sample(Holder):
     stream: TextStream = field(kw_only=True)
     limit: int = field(kw_only=True)
     prompt: PromptUsage = field(kw_only=True)
+    speculating: Speculating | None = None
     pending: int = -1
     generated: int = 0
 
@@ -61,6 +64,7 @@ class Sample(Holder):
             matched=matched,
             readings=self.readings(),
             seed=self.state.seed,
+            speculation=self.speculating.stats if self.speculating else None,
             prompt=prompt,
         )
 

@@ -8,23 +8,26 @@ that request and no other. A sample whose index is not built far enough sits out
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from thresher.cache.sequence import KVSequence
+from thresher.decoding.runner import Runner, Work
+from thresher.decoding.sampler import Choice, SampleState, prompt_logprobs
 from thresher.engine.admission import Admission, Waiting
 from thresher.engine.indexing import IndexBuilder
 from thresher.engine.memory import MemoryAccount
 from thresher.engine.pacing import Chunk, Pace
 from thresher.engine.requests import Event, PromptUsage, Request
-from thresher.engine.runner import Runner, Work
 from thresher.engine.sample import Holder, Sample
-from thresher.engine.sampler import Choice, SampleState, choose, prompt_logprobs
 from thresher.engine.stopping import TextStream
 from thresher.errors import CapacityError
+from thresher.speculation.drafters import DraftModel
+from thresher.speculation.speculator import Speculator, Turn
+from thresher.speculation.verify import Draft, Verdict, verify
 
 PASS_SECONDS = 0.05  # of a pass while others wait for it
 ALONE = 4  # times as long may a pass be that nobody waits for
@@ -47,6 +50,15 @@ class _Prompt(Holder):
         return len(self.request.token_ids) - self.done
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """A sample whose next tokens can be chosen: logits `[tokens of the draft + 1, vocab]`."""
+
+    sample: Sample
+    logits: torch.Tensor
+    draft: Draft
+
+
 class Scheduler:
     """Runs requests to their end. `step` makes one pass and says what came of it. For one thread at a time."""
 
@@ -58,14 +70,17 @@ class Scheduler:
         positions: int,
         chunk_size: int = 512,
         pass_seconds: float = PASS_SECONDS,
+        draft_models: Mapping[str, DraftModel] | None = None,
     ) -> None:
-        """positions: longest sequence; chunk_size: most prompt tokens of a pass; pass_seconds: time of a pass."""
+        """positions: longest sequence; chunk_size: most prompt tokens of a pass; pass_seconds: time of a pass;
+        draft_models: those that a request's `speculation` may name."""
         self._runner = runner
         self._memory = memory
         self._chunk_size = chunk_size
         self._pass_seconds = pass_seconds
         self._pace = Pace(runner.shape)
-        self._queue = Admission(runner, memory, positions)
+        self._queue = Admission(runner, memory, positions, draft_models or {})
+        self._speculator = Speculator(runner, draft_models or {})
         self._prompts: list[_Prompt] = []  # in order of arrival
         self._samples: list[Sample] = []
         self._running: dict[int, int] = {}  # request -> samples that have not ended
@@ -76,8 +91,9 @@ class Scheduler:
         return bool(self._queue.waiting or self._prompts or self._samples)
 
     def sequences(self) -> list[KVSequence]:
-        """Of all prompts and samples that run."""
-        return [p.sequence for p in self._prompts] + [s.sequence for s in self._samples]
+        """Of all prompts and samples that run, and of draft models."""
+        running = [p.sequence for p in self._prompts] + [s.sequence for s in self._samples]
+        return running + self._speculator.sequences()
 
     def check(self, request: Request) -> None:
         """Raises UsageError or CapacityError if a request could never run."""
@@ -104,36 +120,40 @@ class Scheduler:
     def step(self) -> list[Event]:
         """Admit what fits, make one pass, choose the next tokens."""
         events = self._admit()
-        ready: list[tuple[Sample, torch.Tensor]] = []
+        ready: list[_Ready] = []
         for prompt in [p for p in self._prompts if p.logits is not None]:
             events += self._guarded(prompt.request, self._start_if_indexed, prompt, ready)
-        started = [sample for sample, _ in ready]
+        started = [entry.sample for entry in ready]
         decoding: list[Sample] = []
         for sample in [s for s in self._samples if s not in started]:
             events += self._guarded(sample.request, self._join, sample, decoding)
-        reading = self._share_out([(1, s.sequence.length) for s in decoding])
-        works = [Work(s.sequence, [s.pending], 1, s.request.method) for s in decoding]
+        drafts = self._draft(decoding)
+        reading = self._share_out([(1 + len(d.token_ids), s.sequence.length) for s, d in drafts])
+        works = [Work(s.sequence, [s.pending, *d.token_ids], 1 + len(d.token_ids), s.request.method) for s, d in drafts]
         for prompt, n in reading:
             chunk = prompt.request.token_ids[prompt.done : prompt.done + n]
             works.append(Work(prompt.sequence, chunk, self._wanted(prompt, n)))
+        begin = time.perf_counter()
         if works:
-            begin = time.perf_counter()
             chunks: list[Chunk] = [(len(w.token_ids), w.sequence.length) for w in works]
-            results = self._run(works, self._first_captured(len(decoding), reading))
+            results = self._run(
+                works, self._first_captured(sum(len(w.token_ids) for w in works[: len(drafts)]), reading)
+            )
             self._pace.observe(chunks, time.perf_counter() - begin)
-            for sample, result in zip(decoding, results, strict=False):
+            for (sample, draft), result in zip(drafts, results, strict=False):
                 if isinstance(result, Exception):
                     events += self._end(sample.request.id, "error", result)
                 else:
-                    ready.append((sample, result[0]))
-            for (prompt, n), result in zip(reading, results[len(decoding) :], strict=True):
+                    ready.append(_Ready(sample, result, draft))
+            for (prompt, n), result in zip(reading, results[len(drafts) :], strict=True):
                 if isinstance(result, Exception):
                     events += self._end(prompt.request.id, "error", result)
                 else:
                     events += self._guarded(prompt.request, self._read, prompt, n, result, ready)
         elif not ready:
             self._indexes.wait([*self._prompts, *self._samples], self._pass_seconds)
-        return events + self._choose(ready)
+        undisturbed = not reading and len(ready) == len(drafts)
+        return events + self._choose(ready, begin if undisturbed else None)
 
     # Admission -------------------------------------------------------------------------------------------------------
 
@@ -216,9 +236,7 @@ class Scheduler:
             row += n
         return captured
 
-    def _read(
-        self, prompt: _Prompt, n: int, logits: torch.Tensor, ready: list[tuple[Sample, torch.Tensor]]
-    ) -> list[Event]:
+    def _read(self, prompt: _Prompt, n: int, logits: torch.Tensor, ready: list[_Ready]) -> list[Event]:
         """The prompt's next n tokens are in the cache."""
         request = prompt.request
         prompt.done += n
@@ -242,10 +260,10 @@ class Scheduler:
         prompt.logits = logits[-1]
         return self._start_if_indexed(prompt, ready)
 
-    def _start_if_indexed(self, prompt: _Prompt, ready: list[tuple[Sample, torch.Tensor]]) -> list[Event]:
+    def _start_if_indexed(self, prompt: _Prompt, ready: list[_Ready]) -> list[Event]:
         """Start the samples of a prompt that is read. Several share its index, so they wait until it is built."""
         request, params = prompt.request, prompt.request.params.with_seed()
-        if params.n > 1 and not self._indexes.ready(prompt, request.method):
+        if params.n > 1 and not self._indexes.ready(prompt, request.indexed):
             return []
         assert prompt.logits is not None
         self._prompts.remove(prompt)
@@ -277,8 +295,15 @@ class Scheduler:
                 limit=prompt.limit,
                 prompt=self._usage(prompt),
             )
+            if request.speculation:
+                matching = request.params.seed is not None
+                ends = frozenset(params.stop_token_ids)
+                ends |= frozenset() if params.ignore_eos else self._runner.model.eos_token_ids
+                sample.speculating = self._speculator.start(
+                    request.speculation, sequence, sample.state, request.method, matching, ends
+                )
             self._samples.append(sample)
-            ready.append((sample, prompt.logits))
+            ready.append(_Ready(sample, prompt.logits[None], Draft()))
         return []
 
     def _usage(self, prompt: _Prompt) -> PromptUsage:
@@ -309,27 +334,55 @@ class Scheduler:
             decoding.append(sample)
         return []
 
-    def _choose(self, ready: list[tuple[Sample, torch.Tensor]]) -> list[Event]:
-        """The next token of each sample from its logits."""
-        ready = [(s, row) for s, row in ready if s in self._samples]
+    def _draft(self, decoding: list[Sample]) -> list[tuple[Sample, Draft]]:
+        """Drafts of those that speculate, empty ones of the others. A sample whose draft's index is late goes on
+        without."""
+        turns: dict[Sample, Turn] = {}
+        for sample in decoding:
+            if sample.speculating:
+                indexed = self._indexes.ready(sample, sample.request.indexed)
+                turns[sample] = Turn(sample.speculating, sample.pending, sample.limit - sample.generated, indexed)
+        made = self._speculator.drafts(list(turns.values())) if turns else []
+        drafts = dict(zip(turns, made, strict=True))
+        return [(sample, drafts.get(sample, Draft())) for sample in decoding]
+
+    def _choose(self, ready: list[_Ready], begin: float | None) -> list[Event]:
+        """The next tokens of each sample from its logits, judging its draft. begin: of a pass of these alone."""
+        ready = [entry for entry in ready if entry.sample in self._samples]
         if not ready:
             return []
-        states = [sample.state for sample, _ in ready]
-        choices = choose(_stacked([row for _, row in ready]), states)
+        cases = [(e.sample.state, e.draft, _matching(e.sample)) for e in ready]
+        verdicts = verify(_stacked([row for e in ready for row in e.logits]), cases)
+        self._learn(ready, verdicts, None if begin is None else time.perf_counter() - begin)
         events: list[Event] = []
-        for (sample, _), choice in zip(ready, choices, strict=True):
-            if sample not in self._samples:
-                continue  # its request has just failed
-            if isinstance(choice, Exception):
-                events += self._end(sample.request.id, "error", choice)
-            else:
-                events += self._guarded(sample.request, self._push, sample, choice)
+        for entry, verdict in zip(ready, verdicts, strict=True):
+            sample, rows = entry.sample, entry.sample.sequence.length - len(entry.draft.token_ids)
+            if entry.draft.token_ids:
+                sample.sequence.crop(rows + verdict.accepted)
+            for choice in verdict.choices:
+                if sample not in self._samples:
+                    break  # it has ended, or its request has just failed
+                if isinstance(choice, Exception):
+                    events += self._end(sample.request.id, "error", choice)
+                else:
+                    events += self._guarded(sample.request, self._push, sample, choice)
         return events
+
+    def _learn(self, ready: list[_Ready], verdicts: list[Verdict], seconds: float | None) -> None:
+        """What became of drafts, and how long the pass has taken if it was of these alone."""
+        judged = [
+            (e.sample.speculating, e.draft, v)
+            for e, v in zip(ready, verdicts, strict=True)
+            if e.sample.speculating and e.sample.generated
+        ]
+        if judged:
+            self._speculator.judged(judged, seconds if len(judged) == len(ready) else None)
 
     def _push(self, sample: Sample, choice: Choice) -> list[Event]:
         event = sample.push(choice, self._runner.model.eos_token_ids)
         if event.finish_reason:
             self._samples.remove(sample)
+            self._forget(sample)
             self._sample_ended(sample.request)
         return [event]
 
@@ -350,6 +403,8 @@ class Scheduler:
         if requests:
             numbers = list(range(requests[0].params.n))
         self._prompts = [p for p in self._prompts if p.request.id != request_id]
+        for sample in samples:
+            self._forget(sample)
         self._samples = [s for s in self._samples if s.request.id != request_id]
         self._running.pop(request_id, None)
         self._memory.promise(request_id, 0)
@@ -361,12 +416,21 @@ class Scheduler:
         self._running.pop(prompt.request.id, None)
         self._memory.promise(prompt.request.id, 0)
 
+    def _forget(self, sample: Sample) -> None:
+        """What speculation keeps of a sample that has ended."""
+        if sample.speculating:
+            self._speculator.end(sample.speculating)
+
     def _sample_ended(self, request: Request) -> None:
         self._running[request.id] -= 1
         left = self._running[request.id]
         if not left:
             del self._running[request.id]
         self._memory.promise(request.id, self._queue.needs(request).bytes(left) if left else 0)
+
+
+def _matching(sample: Sample) -> bool:
+    return sample.speculating is None or sample.speculating.matching
 
 
 def _stacked(rows: list[torch.Tensor]) -> torch.Tensor:

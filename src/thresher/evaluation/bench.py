@@ -12,8 +12,8 @@ from thresher.attention.base import AttentionMethod
 from thresher.attention.index import Index
 from thresher.attention.sparse import SparseMethod
 from thresher.cache.sequence import KVSequence
+from thresher.decoding.runner import Work
 from thresher.engine.llm import LLM
-from thresher.engine.runner import Work
 from thresher.evaluation.fidelity import reading
 from thresher.evaluation.machine import measure_machine
 from thresher.evaluation.peers import Engine

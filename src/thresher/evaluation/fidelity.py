@@ -13,8 +13,8 @@ from thresher.attention.dense import Dense
 from thresher.attention.index import Index
 from thresher.attention.sparse import Shape, SparseMethod
 from thresher.cache.sequence import KVSequence
+from thresher.decoding.runner import Work
 from thresher.engine.llm import LLM
-from thresher.engine.runner import Work
 from thresher.evaluation.journal import Journal, ResultKey
 from thresher.evaluation.statistics import Interval, bootstrap_mean
 from thresher.evaluation.teacher import check_length, prefill

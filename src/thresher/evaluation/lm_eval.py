@@ -17,8 +17,8 @@ from typing import Any
 
 from thresher.attention import DEFAULT_ATTENTION
 from thresher.cache.sequence import KVSequence
+from thresher.decoding.sampling import SamplingParams
 from thresher.engine.llm import LLM
-from thresher.engine.sampling import SamplingParams
 from thresher.errors import ThresherError, UsageError
 from thresher.evaluation.teacher import prefill, score_tokens
 from thresher.models.resolve import DEFAULT_MODEL

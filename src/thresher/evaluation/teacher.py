@@ -6,8 +6,8 @@ import torch
 
 from thresher.attention.base import AttentionMethod
 from thresher.cache.sequence import KVSequence
+from thresher.decoding.runner import Runner, Work
 from thresher.engine.llm import LLM
-from thresher.engine.runner import Runner, Work
 from thresher.errors import CapacityError
 from thresher.machine.cost import attention_cost
 

@@ -160,6 +160,8 @@ def sample(
     edit_offsets: int,
     wants_logsumexp: int,
     logsumexp: int,
+    wants_weights: int,
+    weights: int,
     tokens: int,
     scratch: int,
     threads: int,

@@ -29,7 +29,7 @@ NO_EDITS = Edits(np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.
 @dataclass(frozen=True)
 class Draw:
     """How a row's token is drawn: temperature 0 takes the largest logit, the first among equals. top_k 0, top_p 1 and
-    min_p 0 are off; uniform is a number from [0, 1). logsumexp: whether it is wanted."""
+    min_p 0 are off; uniform is a number from [0, 1). logsumexp, weights: whether they are wanted."""
 
     temperature: float
     top_k: int = 0
@@ -38,11 +38,22 @@ class Draw:
     uniform: float = 0.0
     edits: Edits = NO_EDITS
     logsumexp: bool = False
+    weights: bool = False
 
 
-def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[float]]:
-    """Tokens of float32 logits `[rows, vocab]`, -1 for a row that is not numbers (any NaN, or no finite largest); and
-    for rows that want it logsumexp of the logits before edits (others: 0)."""
+@dataclass(frozen=True)
+class Drawn:
+    """What `sample` draws from each row. tokens: -1 for a row that is not numbers (any NaN, or no finite largest).
+    logsumexp: of the logits before edits, 0 for rows that did not want it. weights: float32 `[rows, vocab]` that tokens
+    are drawn in proportion to, the largest 1; meaningless in rows that did not want them, None if none did."""
+
+    tokens: list[int]
+    logsumexp: list[float]
+    weights: torch.Tensor | None
+
+
+def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> Drawn:
+    """Draw a token from each row of float32 logits `[rows, vocab]`."""
     rows, vocab = logits.shape
     if logits.dtype != torch.float32 or logits.stride(1) != 1 or rows != len(draws) or not vocab:
         raise ValueError("logits must be float32 [rows, vocab], each row contiguous, with a draw for each row")
@@ -59,6 +70,8 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> tuple[list[int], list
     uniform = np.array([d.uniform for d in draws], np.float64)
     top_k = np.array([d.top_k for d in draws], np.int64)
     wanted = np.array([d.logsumexp for d in draws], np.uint8)
+    weighed = np.array([d.weights for d in draws], np.uint8)
+    weights = torch.empty(rows, vocab) if weighed.any() else None
     logsumexp, tokens = np.zeros(rows), np.empty(rows, np.int32)
     count = min(threads(), max(rows, 1))
     scratch = torch.empty(count * _native.sample_scratch_bytes(kernels, vocab) + 64, dtype=torch.uint8)
@@ -79,11 +92,13 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> tuple[list[int], list
         offsets.ctypes.data,
         wanted.ctypes.data,
         logsumexp.ctypes.data,
+        weighed.ctypes.data,
+        weights.data_ptr() if weights is not None else 0,
         tokens.ctypes.data,
         (scratch.data_ptr() + 63) // 64 * 64,
         count,
     )
-    return tokens.tolist(), logsumexp.tolist()
+    return Drawn(tokens.tolist(), logsumexp.tolist(), weights)
 
 
 def edited(logits: npt.NDArray[np.float32], edits: Edits) -> npt.NDArray[np.float32]:

@@ -302,3 +302,12 @@ class _ClearErrors:
             text = str(error).strip()
             reason = text.splitlines()[0][:160] if text else type(error).__name__
             raise ModelError(f"{self.source.folder}: cannot be loaded: {reason}") from error
+
+
+def same_tokens(a: Model, b: Model) -> bool:
+    """Whether token ids mean the same in both models, but for ids that only one of them has."""
+    if a.tokenizer_fingerprint == b.tokenizer_fingerprint:
+        return True
+    first, second = a.tokenizer.get_vocab(), b.tokenizer.get_vocab()
+    few, many = sorted((first, second), key=len)
+    return all(many.get(token) == i for token, i in few.items())

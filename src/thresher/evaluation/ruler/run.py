@@ -7,9 +7,9 @@ from typing import Any
 
 from thresher.attention.base import AttentionMethod
 from thresher.cache.sequence import KVSequence
+from thresher.decoding.sampling import SamplingParams
 from thresher.engine.llm import LLM
 from thresher.engine.requests import Request
-from thresher.engine.sampling import SamplingParams
 from thresher.evaluation.journal import Journal, ResultKey
 from thresher.evaluation.ruler.samples import Sample, build_sample
 from thresher.evaluation.ruler.sources import SampleKey, Sources

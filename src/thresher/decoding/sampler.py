@@ -1,13 +1,14 @@
 """From logits to tokens: what each sample remembers for it, and one native call for a batch of them."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from thresher.engine.sampling import SamplingParams
+from thresher.decoding.sampling import SamplingParams
 from thresher.errors import ModelError, UsageError
 from thresher.kernels.sampling import Draw, Edits, reference_distribution, sample
 
@@ -23,15 +24,24 @@ class Choice:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def random_stream(seed: int, request: int, sample: int) -> np.random.Generator:
+class Stream(IntEnum):
+    """What a sample draws random numbers for, each independent of the others."""
+
+    TOKEN = 0
+    DRAFT = 1
+    ACCEPT = 2
+
+
+def random_stream(seed: int, request: int, sample: int, stream: Stream = Stream.TOKEN) -> np.random.Generator:
     """The stream of a sample of a request: independent of every other and of the batch."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(request, sample))))
+    key = (request, sample, int(stream)) if stream else (request, sample)
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)))
 
 
 class SampleState:
     """What choosing a sample's next token depends on besides the logits: its tokens and its random stream.
 
-    Token number i is drawn with number i of the stream, so undoing tokens undoes their draws. `edits`: how penalties,
+    Token number i is drawn with number i of a stream, so undoing tokens undoes their draws. `edits`: how penalties,
     bias and the minimum length change single logits now, kept up with each token.
     """
 
@@ -52,8 +62,9 @@ class SampleState:
         """
         self.params = params.with_seed()
         self.generated: list[int] = []
-        self._uniforms: list[float] = []
-        self._stream = random_stream(self.seed, request, sample)
+        self._uniforms: dict[Stream, list[float]] = {}
+        self._streams: dict[Stream, np.random.Generator] = {}
+        self._key = self.seed, request, sample
         self._bias = dict(params.logit_bias)
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)} if params.min_tokens else set()
         for name, asked in (("logit_bias", self._bias), ("stop_token_ids", params.stop_token_ids)):
@@ -85,15 +96,19 @@ class SampleState:
 
     @property
     def edits(self) -> Edits:
+        """Until the next token is pushed or popped."""
         n = self._size
         return Edits(self._ids[:n], self._factors[:n], self._offsets[:n])
 
-    def uniform(self, ahead: int = 0) -> float:
-        """The number from [0, 1) that the next token is drawn with, or one `ahead` tokens later."""
+    def uniform(self, ahead: int = 0, stream: Stream = Stream.TOKEN) -> float:
+        """The number from [0, 1) of the next token, or of one `ahead` tokens later."""
         position = len(self.generated) + ahead
-        while len(self._uniforms) <= position:
-            self._uniforms += self._stream.random(_BLOCK).tolist()
-        return self._uniforms[position]
+        numbers = self._uniforms.setdefault(stream, [])
+        while len(numbers) <= position:
+            if stream not in self._streams:
+                self._streams[stream] = random_stream(*self._key, stream)
+            numbers += self._streams[stream].random(_BLOCK).tolist()
+        return numbers[position]
 
     def push(self, token: int) -> None:
         """A token was generated."""
@@ -105,11 +120,26 @@ class SampleState:
         for _ in range(n):
             self._count(self.generated.pop(), -1)
 
-    def draw(self) -> Draw:
-        """How the next token is drawn."""
+    def draw(self, stream: Stream = Stream.TOKEN, weights: bool = False) -> Draw:
+        """How the next token is drawn, until one is pushed or popped. weights: whether what it is drawn in proportion
+        to is wanted."""
         p = self.params
-        uniform = self.uniform() if p.temperature else 0.0
-        return Draw(p.temperature, p.top_k, p.top_p, p.min_p, uniform, self.edits, p.logprobs is not None)
+        uniform = self.uniform(stream=stream) if p.temperature else 0.0
+        return Draw(p.temperature, p.top_k, p.top_p, p.min_p, uniform, self.edits, p.logprobs is not None, weights)
+
+    def draws_along(self, token_ids: Sequence[int], weights: bool = False) -> list[Draw]:
+        """How each of these tokens would be drawn behind those before it, and the one after them."""
+        draws = []
+        for i in range(len(token_ids) + 1):
+            draw = self.draw(weights=weights)
+            if draw.edits.ids.size:  # the next token changes them
+                e = draw.edits
+                draw = replace(draw, edits=Edits(e.ids.copy(), e.factors.copy(), e.offsets.copy()))
+            draws.append(draw)
+            if i < len(token_ids):
+                self.push(token_ids[i])
+        self.pop(len(token_ids))
+        return draws
 
     def _count(self, token: int, change: int) -> None:
         if self._counting:
@@ -150,19 +180,18 @@ def choose(logits: torch.Tensor, states: Sequence[SampleState]) -> list[Choice |
 
     A row that is not numbers gives a ModelError in its place and does not harm the others.
     """
-    tokens, logsumexp = sample(logits, [state.draw() for state in states])
-    choices: list[Choice | ModelError] = []
-    for row, state in enumerate(states):
-        token, wanted = tokens[row], state.params.logprobs
-        if token < 0:
-            choices.append(
-                ModelError("the model produced logits that are not numbers; its weights or its KV cache are damaged")
-            )
-        elif wanted is None:
-            choices.append(Choice(token))
-        else:
-            choices.append(_with_logprobs(logits[row], token, wanted, logsumexp[row]))
-    return choices
+    drawn = sample(logits, [state.draw() for state in states])
+    return [
+        choice_of(logits[row], drawn.tokens[row], state.params.logprobs, drawn.logsumexp[row])
+        for row, state in enumerate(states)
+    ]
+
+
+def choice_of(logits: torch.Tensor, token: int, logprobs: int | None, logsumexp: float) -> Choice | ModelError:
+    """A token that was drawn from a row of logits `[vocab]`, -1 if they are not numbers."""
+    if token < 0:
+        return ModelError("the model produced logits that are not numbers; its weights or its KV cache are damaged")
+    return Choice(token) if logprobs is None else _with_logprobs(logits, token, logprobs, logsumexp)
 
 
 def prompt_logprobs(logits: torch.Tensor, token_ids: Sequence[int], top: int = 0) -> list[Choice]:

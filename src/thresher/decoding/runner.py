@@ -13,7 +13,7 @@ from thresher.attention.sparse import Shape, SparseMethod
 from thresher.cache.sequence import KVLayout, KVSequence
 from thresher.errors import UsageError
 from thresher.kernels import _native
-from thresher.kernels.attention import AttentionPlan, SparseReading
+from thresher.kernels.attention import AttentionPlan, SparseReading, Visibility
 from thresher.machine.cost import ModelShape
 from thresher.models.load import Model
 
@@ -22,13 +22,16 @@ from thresher.models.load import Model
 class Work:
     """New tokens of one sequence; `logits`: of how many of its last tokens they are wanted.
 
-    method: how a single new token reads the cache, None for densely; several new tokens (a prompt) always do.
+    method: how the new tokens read the cache, each as if it came alone, None for densely. Prompts are read densely;
+    several tokens with a method are a draft that is verified. draft: the token may be taken back, so the sequence's
+    index stays as it is.
     """
 
     sequence: KVSequence
     token_ids: Sequence[int]
     logits: int
     method: AttentionMethod | None = None
+    draft: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,19 +84,35 @@ class Runner:
             return 0
         return method.least_context(self.shape)
 
-    def index_for(self, sequence: KVSequence, method: AttentionMethod | None) -> Index | None:
+    def index_for(
+        self, sequence: KVSequence, method: AttentionMethod | None, length: int | None = None
+    ) -> Index | None:
         """The sequence's index for the method, as far as it is built (at first, nothing); None if the method reads
-        the sequence densely at its length."""
+        the sequence densely at its length, or at another."""
         if not isinstance(method, SparseMethod) or method.visibility():
             return None
-        if sequence.length <= self.dense_up_to(method):
+        length = sequence.length if length is None else length
+        if length <= self.dense_up_to(method):
             return None
         index = sequence.index
         if not isinstance(index, Index) or not index.serves(method):
             index = Index(method, self.index_shape, self.model.layers)
             sequence.index = index
-        index.use(method, sequence.length)
+        index.use(method, length)
         return index
+
+    def verifiable(self, sequence: KVSequence, method: AttentionMethod | None, most: int) -> int:
+        """How many new tokens, 1 to `most`, a pass can verify: each reads as it would alone up to where the index of
+        a sparse method begins or grows, as it does by itself."""
+        if not isinstance(method, SparseMethod) or method.visibility():
+            return most
+        index = self.index_for(sequence, method)
+        if index is None:
+            return min(most, self.dense_up_to(method) - sequence.length + 1)
+        n = 1
+        while n < most and index.target(sequence.length + n) <= index.covered:
+            n += 1
+        return n
 
     def prepare(self, sequence: KVSequence, method: AttentionMethod | None) -> Index | None:
         """`index_for`, built as far as the next token needs it.
@@ -130,12 +149,13 @@ class Runner:
             sequence, n = work.sequence, len(work.token_ids)
             if sequence.layout != self.layout:
                 raise UsageError("the context is of another model; read the document with this one")
-            visibility, sparse = None, None
-            if work.method and n == 1:
-                visibility = work.method.visibility()
-                sparse = self._reading(sequence, work.method)
+            readings = self._readings(work)
             sequence.reserve(n)
-            plan.add(n, sequence.length, sequence.incoming(n), visibility, sparse)
+            if readings:
+                for i, (visibility, sparse) in enumerate(readings):
+                    plan.add(1, sequence.length + i, sequence.incoming(i + 1), visibility, sparse)
+            else:
+                plan.add(n, sequence.length, sequence.incoming(n))
             token_ids.extend(work.token_ids)
             positions.extend(range(sequence.length, sequence.length + n))
             logit_rows.extend(range(len(token_ids) - work.logits, len(token_ids)))
@@ -149,9 +169,20 @@ class Runner:
             work.sequence.advance(work.token_ids)
         return logits
 
-    def _reading(self, sequence: KVSequence, method: AttentionMethod) -> SparseReading | None:
-        index = self.prepare(sequence, method)
-        return index.reading(sequence.length) if index else None
+    def _readings(self, work: Work) -> list[tuple[Visibility | None, SparseReading | None]]:
+        """What each new token reads; nothing if all read densely."""
+        method, sequence = work.method, work.sequence
+        if method is None:
+            return []
+        if visibility := method.visibility():
+            return [(visibility, None)] * len(work.token_ids)
+        if not work.draft:
+            self.prepare(sequence, method)
+        found: list[SparseReading | None] = []
+        for length in range(sequence.length, sequence.length + len(work.token_ids)):
+            index = self.index_for(sequence, method, length)
+            found.append(index.reading(length) if index else None)
+        return [(None, sparse) for sparse in found] if any(found) else []
 
 
 def model_shape(model: Model) -> ModelShape:

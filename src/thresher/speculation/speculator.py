@@ -1,0 +1,352 @@
+"""Drafts for the samples of a step: who makes them, how long they are, and what is learned from what became of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from thresher.attention.base import AttentionMethod
+from thresher.attention.sparse import SparseMethod
+from thresher.cache.sequence import KVSequence
+from thresher.decoding.runner import Runner
+from thresher.decoding.sampler import SampleState
+from thresher.speculation.drafters import DraftModel, Lookup, Wanted, draft
+from thresher.speculation.policy import (
+    MOST_CHOSEN,
+    PROBE,
+    PROBE_GAMMA,
+    REPLAN,
+    REPLAN_UNSURE,
+    Acceptance,
+    Case,
+    Chunk,
+    Clock,
+    best_plan,
+    plan,
+)
+from thresher.speculation.settings import Speculation
+from thresher.speculation.verify import Draft, Verdict
+
+TARGET, SELF, NGRAM = "target", "self", "ngram"
+PRIORS = {SELF: (0.85,), NGRAM: (0.3, 0.6)}  # of acceptance, of a draft model 0.6
+_FIRST = 2  # drafts of a maker that nothing is known of
+_SHADOW = 4  # tokens that are looked up only to see whether they would have been right
+
+
+@dataclass(frozen=True)
+class SpeculationStats:
+    """Of one answer. passes: of the target; drafted, accepted: tokens of drafts at each position (those behind one that
+    fell count as drafted); gammas: passes by the length of their draft, from zero; drafters: passes by who drafted."""
+
+    passes: int
+    drafted: tuple[int, ...]
+    accepted: tuple[int, ...]
+    gammas: tuple[int, ...]
+    drafters: Mapping[str, int]
+
+
+@dataclass(eq=False)
+class Speculating:
+    """A sample that speculates. target: the attention method that verifies; matching: tokens are compared and not
+    rejected by chance, so that they are those of plain decoding; ends: tokens that end the answer."""
+
+    settings: Speculation
+    sequence: KVSequence
+    state: SampleState
+    target: AttentionMethod | None
+    matching: bool
+    ends: frozenset[int]
+    lookup: Lookup | None = None
+    acceptance: dict[str, Acceptance] = field(default_factory=dict)
+    maker: str | None = None  # of drafts, and how long they are, as planned
+    gamma: int = 0
+    lookup_gamma: int = 0
+    lookup_first: bool = False
+    steps: int = 0  # since drafts began or ended
+    current: str = ""  # who made the draft that is being verified
+    shadow: list[int] = field(default_factory=list)
+    hits: int = 0
+    passes: int = 0
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    gammas: list[int] = field(default_factory=list)
+    drafters: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def stats(self) -> SpeculationStats:
+        return SpeculationStats(
+            self.passes, tuple(self.drafted), tuple(self.accepted), tuple(self.gammas), dict(self.drafters)
+        )
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A sample in the next step. pending: its last token, which is not in the cache yet; left: tokens that it may still
+    get; indexed: whether its index is built as far as a draft reads it."""
+
+    sample: Speculating
+    pending: int
+    left: int
+    indexed: bool = True
+
+
+class Speculator:
+    """Makes and judges the drafts of a model's requests. Holds the caches of draft models, and what passes took."""
+
+    def __init__(self, runner: Runner, models: Mapping[str, DraftModel]) -> None:
+        """models: by the `Speculation.model` that asks for them."""
+        self._runner = runner
+        self._models = models
+        shapes = {TARGET: runner.shape, SELF: runner.shape}
+        self.clock = Clock(shapes | {name: model.runner.shape for name, model in models.items()})
+        self._known: dict[str, Acceptance] = {}  # of all samples
+        self._planned: list[Speculating] = []
+        self._until_replan = 0
+
+    def start(
+        self,
+        settings: Speculation,
+        sequence: KVSequence,
+        state: SampleState,
+        target: AttentionMethod | None,
+        matching: bool,
+        ends: frozenset[int],
+    ) -> Speculating:
+        """A sample begins."""
+        lookup = Lookup(settings.ngram) if settings.drafter in ("auto", "ngram") else None
+        return Speculating(settings, sequence, state, target, matching, ends, lookup)
+
+    def end(self, sample: Speculating) -> None:
+        """A sample has ended."""
+        for model in self._models.values():
+            model.end(sample)
+
+    def drafts(self, turns: Sequence[Turn]) -> list[Draft]:
+        """A draft for each sample, an empty one where none pays or none is ready. Sequences are as they were."""
+        self._plan(turns)
+        drafts = [Draft() for _ in turns]
+        asked: dict[str, list[tuple[int, int]]] = {}  # maker -> (place, tokens)
+        for i, turn in enumerate(turns):
+            sample = turn.sample
+            maker, gamma = self._chosen(turn)
+            sample.current = ""
+            if sample.lookup and (sample.lookup_first or not maker or not gamma):
+                room = min(sample.lookup_gamma, self._most(turn))
+                drafts[i] = sample.lookup.draft(sample.sequence.token_ids, turn.pending, room) if room else Draft()
+                if drafts[i].token_ids:
+                    sample.current = NGRAM
+                    continue
+            if gamma and maker:
+                asked.setdefault(maker, []).append((i, gamma))
+            self._begin_shadow(turn)
+        for maker, places in asked.items():
+            made = self._made(maker, [(turns[i], gamma) for i, gamma in places])
+            for (i, _), result in zip(places, made, strict=True):
+                drafts[i] = result
+                turns[i].sample.current = maker if result.token_ids else ""
+        return drafts
+
+    def judged(self, results: Sequence[tuple[Speculating, Draft, Verdict]], seconds: float | None) -> None:
+        """What became of the drafts of a step, while they are still in the cache. seconds: of the target's pass, if it
+        was of these samples alone."""
+        if seconds is not None:
+            chunks = [
+                Chunk(1 + len(d.token_ids), s.sequence.length - 1 - len(d.token_ids), s.target) for s, d, _ in results
+            ]
+            self.clock.observe(TARGET, chunks, seconds)
+        for sample, made, verdict in results:
+            n = len(made.token_ids)
+            sample.passes += 1
+            sample.steps += 1
+            _count(sample.gammas, n, 1)
+            for k in range(n):
+                _count(sample.drafted, k, 1)
+                _count(sample.accepted, k, int(k < verdict.accepted))
+            if n:
+                sample.drafters[sample.current] = sample.drafters.get(sample.current, 0) + 1
+                for acceptance in self._acceptances(sample, sample.current):
+                    acceptance.observe(verdict.chances)
+            self._compare_shadow(sample, [c.token for c in verdict.choices if not isinstance(c, Exception)])
+
+    def sequences(self) -> list[KVSequence]:
+        """Of draft models."""
+        return [s for model in self._models.values() for s in model.sequences()]
+
+    # Who drafts, and how much ----------------------------------------------------------------------------------------
+
+    def _most(self, turn: Turn) -> int:
+        """Tokens that a draft may have: what is left with the target's own token behind them, and what one pass can
+        verify."""
+        sample = turn.sample
+        most = min(sample.settings.gamma or MOST_CHOSEN, turn.left - 1)
+        return self._runner.verifiable(sample.sequence, sample.target, most + 1) - 1 if most > 0 else 0
+
+    def _makers(self, turn: Turn) -> list[str]:
+        """Models that may draft for a sample now."""
+        settings, sample = turn.sample.settings, turn.sample
+        if settings.drafter == "ngram":
+            return []
+        if settings.drafter == "model":
+            return [str(settings.model)]
+        found = [settings.model] if settings.model else []
+        method = settings.self_method
+        if settings.drafter == "self":
+            return [SELF] if turn.indexed else []
+        sparse = sample.sequence.length > self._runner.dense_up_to(method)
+        if turn.indexed and sparse and not isinstance(sample.target, SparseMethod):
+            found.append(SELF)
+        return found
+
+    def _chosen(self, turn: Turn) -> tuple[str | None, int]:
+        """Who drafts for a sample in this step, and how many tokens."""
+        sample, makers = turn.sample, self._makers(turn)
+        fixed = sample.settings.gamma
+        if fixed is not None:
+            sample.lookup_gamma = fixed
+            return (makers[0] if makers else None), self._most(turn)
+        maker, gamma = (sample.maker, sample.gamma) if sample.maker in makers else (None, 0)
+        if maker is None and makers and self._curious(turn, makers[-1]):
+            maker, gamma = makers[-1], PROBE_GAMMA
+        elif gamma and sample.steps >= PROBE:
+            sample.steps = gamma = 0  # what a pass without a draft takes is to stay known
+        return maker, min(gamma, self._most(turn))
+
+    def _curious(self, turn: Turn, maker: str) -> bool:
+        """Whether to try a draft where none was planned: nothing is known of its maker, or not for long."""
+        sample = turn.sample
+        if not self.clock.measured(TARGET) or turn.left < PROBE // 4:
+            return False
+        if maker not in self._known or self._known[maker].drafts < _FIRST:
+            return True
+        if sample.steps < PROBE:
+            return False
+        # If not even drafts that are always right paid, only the times may have changed.
+        case = self._case(turn, maker)
+        sure = Case(case.past, case.target, case.drafting, case.most, [1.0] * MOST_CHOSEN)
+        hopeless = best_plan(self.clock, maker, [sure]).gammas == [0]
+        if hopeless and sample.steps < 8 * PROBE:
+            return False
+        sample.steps = 0
+        return True
+
+    def _plan(self, turns: Sequence[Turn]) -> None:
+        """Choose lengths anew after some steps, or if the batch has changed."""
+        free = [t for t in turns if t.sample.settings.gamma is None]
+        samples = [t.sample for t in free]
+        self._until_replan -= 1
+        if not free or (self._until_replan > 0 and samples == self._planned):
+            return
+        self._planned, self._until_replan = samples, REPLAN
+        if not self.clock.measured(TARGET):
+            return
+        found: list[tuple[float, str, Turn, int]] = []
+        for maker in sorted({m for t in free for m in self._makers(t)}):
+            group = [t for t in free if maker in self._makers(t)]
+            cases = [self._case(t, maker) for t in group]
+            present = max((t.sample.gamma for t in group if t.sample.maker == maker), default=0)
+            best = best_plan(self.clock, maker, cases, present)
+            found += [(best.rate, maker, turn, gamma) for turn, gamma in zip(group, best.gammas, strict=True)]
+            if any(not self.clock.measured(TARGET, 1 + gamma) for gamma in best.gammas):
+                self._until_replan = REPLAN_UNSURE
+        for turn in free:
+            paying = [(rate, maker, gamma) for rate, maker, t, gamma in found if t is turn and gamma]
+            _, maker, gamma = max(paying, default=(0.0, "", 0))
+            if (gamma > 0) != (turn.sample.gamma > 0):
+                turn.sample.steps = 0
+            turn.sample.maker, turn.sample.gamma = maker or None, gamma
+            self._plan_lookup(turn)
+
+    def _plan_lookup(self, turn: Turn) -> None:
+        """How much of what is looked up is worth verifying, and whether it is better than what a model drafts."""
+        sample = turn.sample
+        if sample.lookup is None or not self.clock.measured(TARGET):
+            return
+        case = self._case(turn, NGRAM)
+        best = best_plan(self.clock, None, [case], sample.lookup_gamma)
+        sample.lookup_gamma = best.gammas[0]
+        other = 0.0
+        if sample.maker and sample.gamma:
+            other = plan(self.clock, sample.maker, [self._case(turn, sample.maker)], sample.gamma).rate
+        sample.lookup_first = sample.lookup_gamma > 0 and best.rate > other
+
+    def _case(self, turn: Turn, drafter: str) -> Case:
+        sample = turn.sample
+        rates = self._acceptances(sample, drafter)[0].rates(MOST_CHOSEN)
+        return Case(
+            sample.sequence.length,
+            sample.target,
+            self._drafting(sample, drafter),
+            min(self._most(turn), MOST_CHOSEN),
+            rates,
+        )
+
+    def _drafting(self, sample: Speculating, drafter: str) -> AttentionMethod | None:
+        """How a drafter reads its cache."""
+        if drafter in self._models:
+            return self._models[drafter].method
+        return sample.settings.self_method if drafter == SELF else None
+
+    def _acceptances(self, sample: Speculating, drafter: str) -> list[Acceptance]:
+        """Of the sample, and of all; a sample begins with what is known of the others."""
+        if drafter not in self._known:
+            self._known[drafter] = Acceptance(PRIORS.get(drafter, (0.6,)))
+        known = self._known[drafter]
+        if drafter not in sample.acceptance:
+            sample.acceptance[drafter] = Acceptance(known.rates(MOST_CHOSEN))
+        return [sample.acceptance[drafter], known]
+
+    # Drafts ----------------------------------------------------------------------------------------------------------
+
+    def _made(self, maker: str, turns: Sequence[tuple[Turn, int]]) -> list[Draft]:
+        """Drafts by a model, of the lengths chosen; empty ones where it has not read the prompt yet."""
+        model = self._models.get(maker)
+        made = [Draft() for _ in turns]
+        wanted: dict[int, Wanted] = {}
+        for i, (turn, gamma) in enumerate(turns):
+            sample = turn.sample
+            sequence, behind = sample.sequence, [turn.pending]
+            if model is not None:
+                behind = model.behind(sample, sample.sequence.token_ids, turn.pending)
+                sequence = model.sequence(sample)
+                if not model.catch_up(sample, behind):
+                    continue
+            method = self._drafting(sample, maker)
+            wanted[i] = Wanted(sequence, behind, gamma, sample.state, method, sample.matching, sample.ends)
+        if not wanted:
+            return made
+        runner = model.runner if model is not None else self._runner
+        lengths = [turn.sample.sequence.length for turn, _ in turns]
+        try:
+            drafts = draft(
+                runner, list(wanted.values()), self._runner.model.vocab_size, partial(self.clock.observe, maker)
+            )
+        finally:
+            for (turn, _), length in zip(turns, lengths, strict=True):
+                turn.sample.sequence.crop(length)
+        for i, result in zip(wanted, drafts, strict=True):
+            made[i] = result
+        return made
+
+    # What would have been looked up ----------------------------------------------------------------------------------
+
+    def _begin_shadow(self, turn: Turn) -> None:
+        """Look up what may come, to see how often that is right where it is not used."""
+        sample = turn.sample
+        if sample.lookup and sample.settings.gamma is None and not sample.shadow:
+            sample.shadow = sample.lookup.draft(sample.sequence.token_ids, turn.pending, _SHADOW).token_ids
+            sample.hits = 0
+
+    def _compare_shadow(self, sample: Speculating, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            if not sample.shadow:
+                return
+            right = token == sample.shadow[sample.hits]
+            sample.hits += right
+            if not right or sample.hits == len(sample.shadow):
+                for acceptance in self._acceptances(sample, NGRAM):
+                    acceptance.observe([1.0] * sample.hits + [0.0] * (not right))
+                sample.shadow = []
+
+
+def _count(counts: list[int], place: int, n: int) -> None:
+    counts += [0] * (place + 1 - len(counts))
+    counts[place] += n
