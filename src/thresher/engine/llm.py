@@ -10,6 +10,7 @@ from thresher.attention import DEFAULT_ATTENTION
 from thresher.attention.base import AttentionMethod
 from thresher.attention.dense import Dense
 from thresher.attention.registry import parse_method
+from thresher.attention.sparse import SparseMethod
 from thresher.cache.format import Identity, KVFileInfo
 from thresher.cache.sequence import KVSequence
 from thresher.decoding.runner import Runner
@@ -41,6 +42,7 @@ from thresher.models.load import load, same_tokens
 from thresher.models.resolve import DEFAULT_MODEL, resolve
 from thresher.speculation.drafters import DraftModel
 from thresher.speculation.settings import Speculation, parse_speculation
+from thresher.speculation.speculator import AUTO
 
 __all__ = ["LLM", "Completion", "Context"]
 
@@ -130,7 +132,8 @@ class LLM:
     @property
     def indexed(self) -> AttentionMethod:
         """The method that documents are indexed for: of the model's own drafts if it makes any, else `attention`."""
-        return indexed_method(self.attention, self.speculation)
+        drafting = self.speculation and {"self": self.speculation.method, "auto": AUTO}.get(self.speculation.drafter)
+        return drafting if drafting and not isinstance(self.attention, SparseMethod) else self.attention
 
     @property
     def dense_up_to(self) -> int:
@@ -293,7 +296,8 @@ class LLM:
         listed = [questions] if isinstance(questions, str) else list(questions)
         tokens = [question_tokens(self.model.tokenizer, q, context.framing) for q in listed]
         with self._preparing:  # so that the questions share the index
-            self.runner.prepare(context.sequence, indexed_method(*self._reading(attention, speculate)))
+            method, speculation = self._reading(attention, speculate)
+            self.runner.prepare(context.sequence, indexed_method(method, speculation, context.sequence))
         return self._submit([(t, context.sequence) for t in tokens], params, attention, speculate)
 
     # The engine ------------------------------------------------------------------------------------------------------

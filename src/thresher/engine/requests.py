@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
 
 from thresher.attention.base import AttentionMethod
-from thresher.attention.index import Readings
+from thresher.attention.index import Index, Readings
 from thresher.attention.sparse import SparseMethod
 from thresher.cache.sequence import KVSequence
 from thresher.decoding.sampler import Choice
 from thresher.decoding.sampling import SamplingParams
 from thresher.speculation.settings import Speculation
-from thresher.speculation.speculator import SpeculationStats
+from thresher.speculation.speculator import AUTO, SpeculationStats
 
 
 @dataclass(frozen=True)
@@ -40,18 +39,20 @@ class Request:
 
     @property
     def indexed(self) -> AttentionMethod | None:
-        """The method that an index is built for: that of the model's own drafts, if it makes any."""
-        return indexed_method(self.method, self.speculation)
+        """The method that an index is built for."""
+        return indexed_method(self.method, self.speculation, self.base)
 
 
-@overload
-def indexed_method(method: AttentionMethod, speculation: Speculation | None) -> AttentionMethod: ...
-@overload
-def indexed_method(method: AttentionMethod | None, speculation: Speculation | None) -> AttentionMethod | None: ...
-def indexed_method(method: AttentionMethod | None, speculation: Speculation | None) -> AttentionMethod | None:
-    """The method that an index is built for: that of the model's own drafts if it makes any, else how it is read."""
-    drafting = speculation.self_method if speculation else None
-    return method if drafting is None or isinstance(method, SparseMethod) else drafting
+def indexed_method(
+    method: AttentionMethod | None, speculation: Speculation | None, base: KVSequence | None
+) -> AttentionMethod | None:
+    """The method that an index is built for: that of the model's own drafts if it makes any, else how the cache is
+    read. "auto" drafts use an index that the context has, but to build one takes longer than most answers gain."""
+    if speculation is None or isinstance(method, SparseMethod):
+        return method
+    index = base.index if base else None
+    known = isinstance(index, Index) and bool(index.blocks) and index.serves(AUTO)
+    return {"self": speculation.method, "auto": AUTO if known else method}.get(speculation.drafter, method)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ by position in place of one). The length with the most tokens a second is taken.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from thresher.attention.base import AttentionMethod
@@ -43,10 +43,11 @@ class Clock:
     nearest number of tokens.
     """
 
-    def __init__(self, shapes: dict[str, ModelShape]) -> None:
-        """shapes: of each maker of passes."""
-        self._shapes = shapes
-        self._corrections: dict[str, dict[tuple[int, int], float]] = {name: {} for name in shapes}
+    def __init__(self, shape: ModelShape, others: Mapping[str, ModelShape]) -> None:
+        """others: shapes of makers of passes that are not the model itself."""
+        self._shape = shape
+        self._shapes = others
+        self._corrections: dict[str, dict[tuple[int, int], float]] = {}
 
     def seconds(self, maker: str, chunks: Sequence[Chunk]) -> float:
         """The expected time of a pass."""
@@ -54,7 +55,7 @@ class Clock:
 
     def observe(self, maker: str, chunks: Sequence[Chunk], seconds: float) -> None:
         """A pass took so long."""
-        known, kind = self._corrections[maker], _kind(chunks)
+        known, kind = self._corrections.setdefault(maker, {}), _kind(chunks)
         measured = seconds / self._nominal(maker, chunks)
         if kind in known:
             measured = min(measured, _OUTLIER * known[kind])
@@ -64,17 +65,17 @@ class Clock:
 
     def measured(self, maker: str, tokens: int | None = None) -> bool:
         """Whether any pass of this maker was, or one with so many tokens of each sequence."""
-        return any(tokens in (None, kind[0]) for kind in self._corrections[maker])
+        return any(tokens in (None, kind[0]) for kind in self._corrections.get(maker, {}))
 
     def _correction(self, maker: str, tokens: int, batch: int) -> float:
-        known = self._corrections[maker] or {k: v for own in self._corrections.values() for k, v in own.items()}
+        known = self._corrections.get(maker) or self._corrections.get("target")
         if not known:
             return 1.0
         nearest = min(known, key=lambda kind: (abs(kind[0] - tokens), abs(kind[1] - batch)))
         return known[nearest]
 
     def _nominal(self, maker: str, chunks: Sequence[Chunk]) -> float:
-        shape = self._shapes[maker]
+        shape = self._shapes.get(maker, self._shape)
         attention = Cost(0, 0)
         for c in chunks:
             attention += (

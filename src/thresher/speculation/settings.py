@@ -47,13 +47,6 @@ class Speculation:
                 "speculate 'self': name a sparse attention method, as self:auto; read densely, a draft saves nothing"
             )
 
-    @property
-    def self_method(self) -> AttentionMethod | None:
-        """How the model's own drafts read the cache, None if it makes none."""
-        if self.drafter == "self":
-            return self.method
-        return parse_method("auto") if self.drafter == "auto" else None
-
     def check_target(self, method: AttentionMethod | None) -> None:
         """Raises UsageError if the model's own drafts cannot be verified by an attention method."""
         if self.drafter == "self" and isinstance(method, SparseMethod):

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from thresher.attention.base import AttentionMethod
+from thresher.attention.index import Index
+from thresher.attention.registry import parse_method
 from thresher.attention.sparse import SparseMethod
 from thresher.cache.sequence import KVSequence
 from thresher.decoding.runner import Runner
@@ -26,8 +28,13 @@ from thresher.speculation.policy import (
 from thresher.speculation.settings import Speculation
 from thresher.speculation.verify import Draft, Verdict
 
-TARGET, SELF, NGRAM = "target", "self", "ngram"
-PRIORS = {SELF: (0.85,), NGRAM: (0.3, 0.6)}  # of acceptance, of a draft model 0.6
+TARGET, NGRAM = "target", "ngram"
+AUTO, WINDOW = parse_method("auto"), parse_method("streaming:window=512")
+# Views of the cache that "auto" has for the model's own drafts: the best that is known if a document's index is there
+# for it, and one that needs no index, which to build would cost more than most answers gain.
+VIEWS = (AUTO, WINDOW)
+PRIORS = {f"self:{AUTO}": (0.9,), f"self:{WINDOW}": (0.75,), NGRAM: (0.3, 0.6)}  # of acceptance, of others 0.6
+_OTHERS = (0.6,)
 _FIRST = 2  # drafts of a maker that nothing is known of
 _SHADOW = 4  # tokens that are looked up only to see whether they would have been right
 
@@ -96,8 +103,7 @@ class Speculator:
         """models: by the `Speculation.model` that asks for them."""
         self._runner = runner
         self._models = models
-        shapes = {TARGET: runner.shape, SELF: runner.shape}
-        self.clock = Clock(shapes | {name: model.runner.shape for name, model in models.items()})
+        self.clock = Clock(runner.shape, {name: model.runner.shape for name, model in models.items()})
         self._known: dict[str, Acceptance] = {}  # of all samples
         self._planned: list[Speculating] = []
         self._until_replan = 0
@@ -187,13 +193,18 @@ class Speculator:
             return []
         if settings.drafter == "model":
             return [str(settings.model)]
-        found = [settings.model] if settings.model else []
-        method = settings.self_method
         if settings.drafter == "self":
-            return [SELF] if turn.indexed else []
-        sparse = sample.sequence.length > self._runner.dense_up_to(method)
-        if turn.indexed and sparse and not isinstance(sample.target, SparseMethod):
-            found.append(SELF)
+            return [f"self:{settings.method}"] if turn.indexed else []
+        found = [settings.model] if settings.model else []
+        if isinstance(sample.target, SparseMethod):
+            return found
+        index = sample.sequence.index
+        for view in VIEWS:
+            if seen := view.visibility():
+                pays = sample.sequence.length > 2 * seen.window
+            else:
+                pays = turn.indexed and isinstance(index, Index) and bool(index.blocks) and index.serves(view)
+            found += [f"self:{view}"] if pays else []
         return found
 
     def _chosen(self, turn: Turn) -> tuple[str | None, int]:
@@ -204,8 +215,9 @@ class Speculator:
             sample.lookup_gamma = fixed
             return (makers[0] if makers else None), self._most(turn)
         maker, gamma = (sample.maker, sample.gamma) if sample.maker in makers else (None, 0)
-        if maker is None and makers and self._curious(turn, makers[-1]):
-            maker, gamma = makers[-1], PROBE_GAMMA
+        if maker is None:
+            tried = next((m for m in makers if self._curious(turn, m)), None)
+            maker, gamma = (tried, PROBE_GAMMA) if tried else (None, 0)
         elif gamma and sample.steps >= PROBE:
             sample.steps = gamma = 0  # what a pass without a draft takes is to stay known
         return maker, min(gamma, self._most(turn))
@@ -283,12 +295,14 @@ class Speculator:
         """How a drafter reads its cache."""
         if drafter in self._models:
             return self._models[drafter].method
-        return sample.settings.self_method if drafter == SELF else None
+        if sample.settings.drafter == "self":
+            return sample.settings.method
+        return next((view for view in VIEWS if drafter == f"self:{view}"), None)
 
     def _acceptances(self, sample: Speculating, drafter: str) -> list[Acceptance]:
         """Of the sample, and of all; a sample begins with what is known of the others."""
         if drafter not in self._known:
-            self._known[drafter] = Acceptance(PRIORS.get(drafter, (0.6,)))
+            self._known[drafter] = Acceptance(PRIORS.get(drafter, _OTHERS))
         known = self._known[drafter]
         if drafter not in sample.acceptance:
             sample.acceptance[drafter] = Acceptance(known.rates(MOST_CHOSEN))
