@@ -16,6 +16,7 @@ from thresher.cli.generate import generate
 from thresher.cli.info import info
 from thresher.cli.methods import methods
 from thresher.cli.options import with_options
+from thresher.cli.plan import plan
 from thresher.cli.read import read
 from thresher.cli.streams import prepare_streams
 
@@ -47,6 +48,7 @@ for command in (read, ask, generate, info, methods, doctor):
     app.command()(with_options(command))
 evaluate.command()(with_options(fidelity))
 app.add_typer(bench, name="bench")
+app.add_typer(plan, name="plan")
 app.add_typer(evaluate, name="eval")
 
 

@@ -9,6 +9,7 @@ from thresher.attention import DEFAULT_ATTENTION
 from thresher.cli import options as o
 from thresher.cli.eval import named_text
 from thresher.cli.terminal import say, write_json
+from thresher.errors import UsageError
 
 bench = typer.Typer(help="Measure speed against what the machine could do at best, and against other engines.")
 
@@ -207,3 +208,91 @@ def _attention_table(rows: list[Any]) -> None:
         "us: of one layer; rows: read for a KV head, head: weighed by a query head, of the context; index, build: of a "
         "token and KV head; floor: us / what its bytes must take. Keys and values are synthetic"
     )
+
+
+@bench.command()
+@o.with_options
+def speculation(
+    contexts: Annotated[str, typer.Option(help="Tokens in the cache, e.g. 512,8192.")] = "8192",
+    batch: Annotated[str, typer.Option(help="Sequences decoded together, e.g. 1,4,8.")] = "1",
+    speculate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Drafts to compare with none, as for `ask`, separated by ; or given several times.  [default: auto]"
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens generated of each sequence.", min=2)] = 200,
+    temperature: Annotated[str, typer.Option(help="0 is greedy, where tokens must be the same; e.g. 0,0.7.")] = "0",
+    rounds: Rounds = 3,
+    synthetic_cache: Annotated[
+        bool,
+        typer.Option(
+            "--synthetic-cache",
+            help=f"Read only {SYNTHETIC_ABOVE} tokens and fill longer contexts with rows drawn like those.",
+        ),
+    ] = False,
+    random_text: Annotated[
+        bool, typer.Option("--random-text", help="Read tokens drawn at random: text that drafts badly.")
+    ] = False,
+    text: Annotated[
+        Path | None, typer.Option(help="What the cache is read from. Default: Paradise Lost, fetched once.")
+    ] = None,
+    model: o.Model = "smollm2-135m-instruct",
+    weights: o.Weights = "bf16",
+    threads: o.Threads = None,
+    json: o.Json = None,
+) -> None:
+    """Generate with drafts and without, in turns.
+
+    thresher bench speculation --contexts 8192 --batch 1,4 --speculate "auto;self:auto,gamma=4;ngram"
+
+    predicted: the speed-up that the times of single passes give for the passes there were.
+    """
+    from thresher.evaluation.speculation_bench import bench_speculation
+    from thresher.speculation.settings import parse_speculation
+
+    lengths, batches = o.numbers("contexts", contexts), o.numbers("batch", batch)
+    parts = [part.strip() for listed in speculate or ["auto"] for part in listed.split(";")]
+    settings = [made for part in parts if part and (made := parse_speculation(part))]
+    if not settings:
+        raise UsageError("--speculate: name drafts to compare with none")
+    temperatures = [_temperature(part) for part in temperature.split(",")]
+    content = None if random_text else named_text(text)[1]
+    loaded = next((s for s in settings if s.model), settings[0])
+    llm = o.Running(threads=threads).load(model, weights, "dense", str(loaded))
+    rows = []
+    found = bench_speculation(
+        llm,
+        lengths,
+        batches,
+        temperatures,
+        settings,
+        tokens,
+        rounds,
+        say,
+        content,
+        SYNTHETIC_ABOVE if synthetic_cache else None,
+    )
+    for row in found:
+        rows.append(asdict(row))
+        acceptance = " ".join(f"{100 * a:.0f}" for a in row.acceptance) or "-"
+        used = " ".join(f"{g}:{count}" for g, count in enumerate(row.gammas) if count) or "-"
+        print(
+            f"{row.setting} | {row.context} x {row.batch} | T {row.temperature:g}"
+            f" | {row.tokens_per_second:.1f} tokens/s | {row.speedup:.2f} x plain, predicted {row.predicted:.2f}"
+            f" | {row.tokens_per_pass:.2f} tokens a pass | accepted % by position {acceptance}"
+            f" | passes by draft length {used}"
+            + ("" if row.same is None else f" | same tokens: {'yes' if row.same else 'NO'}"),
+            flush=True,
+        )
+    write_json(json, rows)
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not (value == 0 or 0.01 <= value <= 100):
+        raise UsageError(f"--temperature {text}: give 0 or numbers from 0.01 to 100, separated by commas")
+    return value

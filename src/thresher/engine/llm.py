@@ -103,9 +103,9 @@ class LLM:
         self.source = resolve(model, progress)
         self.model = load(self.source, weights, trust_remote_code, progress)
         self.runner = Runner(self.model)
-        self._draft_models: dict[str, DraftModel] = {}
+        self.draft_models: dict[str, DraftModel] = {}
         if self.speculation and self.speculation.model:
-            self._draft_models[self.speculation.model] = self._load_draft_model(self.speculation, trust_remote_code)
+            self.draft_models[self.speculation.model] = self._load_draft_model(self.speculation, trust_remote_code)
         self.positions = 1 << 40 if allow_extrapolation else self.model.positions
         self.kv_budget = kv_budget or available_memory() // 2
         self.chunk_size = chunk_size
@@ -310,7 +310,7 @@ class LLM:
             positions=self.positions,
             chunk_size=self.chunk_size,
             pass_seconds=self.pass_seconds,
-            draft_models=self._draft_models,
+            draft_models=self.draft_models,
         )
 
     def _reading(
@@ -325,7 +325,7 @@ class LLM:
         method = _method(attention, DENSE if asked else self.attention)
         if speculation:
             speculation.check_target(method)
-            if speculation.model and speculation.model not in self._draft_models:
+            if speculation.model and speculation.model not in self.draft_models:
                 raise UsageError(f"speculate: {speculation.model} is not loaded; give it to LLM(speculate=...)")
         return method, speculation
 

@@ -72,6 +72,23 @@ def plot_timings(rows: "Sequence[Timing]", path: Path) -> None:
     _save(pyplot, figure, path)
 
 
+def plot_speedups(speedups: dict[tuple[int, int], float], title: str, path: Path) -> None:
+    """Speed-up by (batch, context): a map, each field with its number."""
+    pyplot = _pyplot()
+    batches, contexts = (sorted({key[i] for key in speedups}) for i in (0, 1))
+    values = [[speedups[b, n] for n in contexts] for b in batches]
+    figure, axis = pyplot.subplots(figsize=(1.5 + 1.1 * len(contexts), 1.5 + 0.6 * len(batches)))
+    axis.imshow(values, aspect="auto", origin="lower", cmap="viridis", vmin=1)
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            light = value < 1 + 0.6 * (max(map(max, values)) - 1)
+            axis.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if light else "black")
+    axis.set_xticks(range(len(contexts)), [f"{n:,}" for n in contexts])
+    axis.set_yticks(range(len(batches)), [str(b) for b in batches])
+    axis.set(xlabel="tokens in the cache", ylabel="sequences", title=title)
+    _save(pyplot, figure, path)
+
+
 def _pyplot() -> Any:
     try:
         import matplotlib

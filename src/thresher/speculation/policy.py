@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from thresher.attention.base import AttentionMethod
 from thresher.machine.cost import Cost, ModelShape, attention_cost, weights_cost
 from thresher.machine.profile import MachineProfile
@@ -39,8 +41,8 @@ class Chunk:
 class Clock:
     """Learns how long passes take: a nominal time by their cost, corrected by the passes of the same kind there were.
 
-    A kind is who makes the pass and how many tokens each sequence has in it; what was not measured is taken from the
-    nearest number of tokens.
+    A kind is who makes the pass, how many sequences it has, to a power of two, and how many new tokens each; between
+    the numbers of tokens that were measured corrections are interpolated, beyond them they stay.
     """
 
     def __init__(self, shape: ModelShape, others: Mapping[str, ModelShape]) -> None:
@@ -51,7 +53,8 @@ class Clock:
 
     def seconds(self, maker: str, chunks: Sequence[Chunk]) -> float:
         """The expected time of a pass."""
-        return self._nominal(maker, chunks) * self._correction(maker, *_kind(chunks))
+        tokens = sum(c.new for c in chunks) / len(chunks)
+        return self._nominal(maker, chunks) * self._correction(maker, tokens, len(chunks).bit_length())
 
     def observe(self, maker: str, chunks: Sequence[Chunk], seconds: float) -> None:
         """A pass took so long."""
@@ -67,12 +70,13 @@ class Clock:
         """Whether any pass of this maker was, or one with so many tokens of each sequence."""
         return any(tokens in (None, kind[0]) for kind in self._corrections.get(maker, {}))
 
-    def _correction(self, maker: str, tokens: int, batch: int) -> float:
+    def _correction(self, maker: str, tokens: float, batch: int) -> float:
         known = self._corrections.get(maker) or self._corrections.get("target")
         if not known:
             return 1.0
-        nearest = min(known, key=lambda kind: (abs(kind[0] - tokens), abs(kind[1] - batch)))
-        return known[nearest]
+        nearest = min({kind[1] for kind in known}, key=lambda other: abs(other - batch))
+        points = sorted((n, correction) for (n, size), correction in known.items() if size == nearest)
+        return float(np.interp(tokens, *zip(*points, strict=True)))
 
     def _nominal(self, maker: str, chunks: Sequence[Chunk]) -> float:
         shape = self._shapes.get(maker, self._shape)
@@ -88,7 +92,7 @@ class Clock:
 
 
 def _kind(chunks: Sequence[Chunk]) -> tuple[int, int]:
-    """Tokens of each sequence, and the power of two that the number of sequences is next to."""
+    """Tokens of each sequence, and the number of sequences to a power of two."""
     return round(sum(c.new for c in chunks) / len(chunks)), len(chunks).bit_length()
 
 

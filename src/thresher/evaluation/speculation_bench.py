@@ -1,0 +1,249 @@
+"""Speculation against plain decoding through the scheduler, in turns, beside what single passes predict."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from thresher.attention.base import AttentionMethod
+from thresher.attention.dense import Dense
+from thresher.attention.sparse import SparseMethod
+from thresher.cache.sequence import KVSequence
+from thresher.decoding.runner import Runner, Work
+from thresher.decoding.sampling import SamplingParams
+from thresher.engine.llm import LLM
+from thresher.engine.requests import Request
+from thresher.engine.scheduler import Scheduler
+from thresher.evaluation.bench import own_copies, prompt, synthetic_cache
+from thresher.evaluation.teacher import prefill
+from thresher.machine.profile import median_seconds
+from thresher.speculation.settings import Speculation
+from thresher.speculation.speculator import AUTO, VIEWS, SpeculationStats
+
+APART = 37  # tokens by which the contexts of a batch differ, so that their answers do
+_MATCHES_PLAIN = 0.0  # the temperature at which tokens must be those of plain decoding
+
+
+@dataclass(frozen=True)
+class SpeculationTiming:
+    """One setting. tokens_per_second: of all sequences, median of the turns; speedup: over plain decoding, median of
+    the ratios within a turn; predicted: the same from the times of single passes and the passes there were.
+    acceptance: drafted tokens that stood, at each position; gammas: passes with drafts of each length; same: whether
+    the tokens were those of plain decoding, None where chance decides."""
+
+    setting: str
+    context: int
+    batch: int
+    temperature: float
+    tokens_per_second: float
+    speedup: float
+    predicted: float
+    tokens_per_pass: float
+    acceptance: list[float]
+    gammas: list[int]
+    drafters: dict[str, int]
+    same: bool | None
+
+
+@dataclass(frozen=True)
+class _Run:
+    seconds: float
+    tokens: list[list[int]]
+    stats: list[SpeculationStats]
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second; the first of each answer comes with the prompt."""
+        return sum(len(t) - 1 for t in self.tokens) / self.seconds
+
+
+def bench_speculation(
+    llm: LLM,
+    contexts: Sequence[int],
+    batches: Sequence[int],
+    temperatures: Sequence[float],
+    settings: Sequence[Speculation],
+    tokens: int,
+    rounds: int,
+    progress: Callable[[str], None],
+    text: str | None,
+    synthetic_above: int | None,
+) -> Iterator[SpeculationTiming]:
+    """Generate `tokens` tokens of every sequence with every setting and without, in turn.
+
+    synthetic_above: longer contexts are filled by `synthetic_cache` from a prompt of this many tokens.
+    """
+    for context in contexts:
+        progress(f"{context} tokens: reading the prompt")
+        real = min(context, synthetic_above or context)
+        base = prefill(llm, prompt(llm, real, text))
+        if real < context:
+            base = synthetic_cache(base, context)
+        for batch in batches:
+            starts = [_Start(s, context - 1 - APART * i) for i, s in enumerate(own_copies(base, batch))]
+            for temperature in temperatures:
+                yield from _compare(llm, starts, context, temperature, settings, tokens, rounds, progress)
+
+
+class _Start:
+    """A cached sequence that answers go on from: its last token is not in the cache yet. Keeps an index of each method
+    that drafts with it."""
+
+    def __init__(self, sequence: KVSequence, length: int) -> None:
+        self.sequence = sequence
+        self.last = sequence.token_ids[length]
+        sequence.crop(length)
+        self._indexes: dict[str, Any] = {}
+
+    def ready(self, llm: LLM, method: AttentionMethod | None) -> KVSequence:
+        """The sequence with the index of a method."""
+        if isinstance(method, SparseMethod) and not method.visibility():
+            self.sequence.index = self._indexes.get(method.index_key())
+            self._indexes[method.index_key()] = llm.runner.prepare(self.sequence, method)
+        return self.sequence
+
+
+def _method(setting: Speculation | None) -> AttentionMethod | None:
+    """How the model's own drafts read the cache."""
+    return {"self": setting.method, "auto": AUTO}.get(setting.drafter) if setting else None
+
+
+def _compare(
+    llm: LLM,
+    starts: Sequence[_Start],
+    context: int,
+    temperature: float,
+    settings: Sequence[Speculation],
+    tokens: int,
+    rounds: int,
+    progress: Callable[[str], None],
+) -> Iterator[SpeculationTiming]:
+    listed: list[Speculation | None] = [None, *settings]
+    schedulers = [llm.scheduler() for _ in listed]
+    runs: list[list[_Run]] = [[] for _ in listed]
+    for turn in range(rounds):
+        order = list(range(len(listed)))
+        for i in order if turn % 2 == 0 else reversed(order):
+            progress(f"{context} tokens x {len(starts)}, turn {turn + 1}: {listed[i] or 'plain'}")
+            runs[i].append(_generate(schedulers[i], llm, starts, temperature, listed[i], tokens))
+    times = _PassTimes(llm, starts)
+    plain = runs[0]
+    for setting, own in zip(listed, runs, strict=True):
+        merged = [s for run in own for s in run.stats]
+        drafted, accepted = (_summed([getattr(s, name) for s in merged]) for name in ("drafted", "accepted"))
+        gammas = _summed([s.gammas for s in merged])
+        drafters = {
+            name: sum(s.drafters.get(name, 0) for s in merged) for name in {n for s in merged for n in s.drafters}
+        }
+        passes = sum(gammas)
+        produced = sum(len(t) - 1 for run in own for t in run.tokens)
+        yield SpeculationTiming(
+            setting=str(setting) if setting else "plain",
+            context=context,
+            batch=len(starts),
+            temperature=temperature,
+            tokens_per_second=statistics.median(run.rate for run in own),
+            speedup=statistics.median(run.rate / other.rate for run, other in zip(own, plain, strict=True)),
+            predicted=times.predicted(setting, gammas, drafters, produced / passes) if passes else 1.0,
+            tokens_per_pass=produced / passes if passes else 1.0,
+            acceptance=[a / d for a, d in zip(accepted, drafted, strict=True)],
+            gammas=gammas,
+            drafters=drafters,
+            same=None if temperature != _MATCHES_PLAIN else own[0].tokens == plain[0].tokens,
+        )
+
+
+def _generate(
+    scheduler: Scheduler,
+    llm: LLM,
+    starts: Sequence[_Start],
+    temperature: float,
+    setting: Speculation | None,
+    tokens: int,
+) -> _Run:
+    """Every sequence goes on from its last token; timed from when all have begun."""
+    params = SamplingParams(max_new_tokens=tokens, temperature=temperature, ignore_eos=True)
+    ids = [llm.engine.new_id() for _ in starts]
+    for number, (id, start) in enumerate(zip(ids, starts, strict=True)):
+        base = start.ready(llm, _method(setting))
+        scheduler.add(Request(id, [start.last], params, base, Dense(), setting, number))
+    found: dict[int, list[int]] = {id: [] for id in ids}
+    stats: list[SpeculationStats] = []
+    begin, before = 0.0, 0
+    while scheduler.busy:
+        for event in scheduler.step():
+            if event.error:
+                raise event.error
+            if event.choice:
+                found[event.request].append(event.choice.token)
+            if event.speculation:
+                stats.append(event.speculation)
+        if not begin and all(found.values()):
+            begin, before = time.perf_counter(), sum(len(t) - 1 for t in found.values())
+    seconds = time.perf_counter() - begin
+    produced = sum(len(t) - 1 for t in found.values())
+    return _Run(seconds * produced / max(produced - before, 1), list(found.values()), stats)
+
+
+class _PassTimes:
+    """Seconds of single passes over the same sequences, each measured once."""
+
+    def __init__(self, llm: LLM, starts: Sequence[_Start]) -> None:
+        self._llm = llm
+        self._starts = starts
+        self._known: dict[tuple[str, int], float] = {}
+
+    def predicted(
+        self, setting: Speculation | None, gammas: Sequence[int], drafters: dict[str, int], tokens_per_pass: float
+    ) -> float:
+        """Speed-up of passes whose drafts had these lengths and makers."""
+        plain = self._target(1)
+        drafting = sum(drafters.values())
+        seconds = 0.0
+        for gamma, count in enumerate(gammas):
+            if not count:
+                continue
+            seconds += count * self._target(gamma + 1)
+            for drafter, share in drafters.items() if gamma else ():
+                seconds += count * gamma * share / drafting * self._draft(setting, drafter)
+        return tokens_per_pass * plain / (seconds / sum(gammas))
+
+    def _target(self, tokens: int) -> float:
+        forks = [start.sequence.fork() for start in self._starts]
+        return self._pass("target", tokens, self._llm.runner, forks, None)
+
+    def _draft(self, setting: Speculation | None, drafter: str) -> float:
+        if drafter == "ngram":
+            return 0.0
+        if drafter in self._llm.draft_models:
+            model = self._llm.draft_models[drafter]
+            forks = [sequence.fork() for sequence in model.sequences()[-len(self._starts) :]]
+            return self._pass(drafter, 1, model.runner, forks, model.method)
+        method = setting.method if setting and setting.drafter == "self" else None
+        method = method or next(view for view in VIEWS if drafter == f"self:{view}")
+        forks = [start.ready(self._llm, method).fork() for start in self._starts]
+        return self._pass(drafter, 1, self._llm.runner, forks, method)
+
+    def _pass(
+        self, maker: str, tokens: int, runner: Runner, forks: list[KVSequence], method: AttentionMethod | None
+    ) -> float:
+        if (maker, tokens) not in self._known:
+            lengths = [s.length for s in forks]
+            for fork in forks:
+                fork.reserve(tokens, exact=True)
+
+            def run() -> None:
+                works = [Work(s, [7] * tokens, tokens, method, draft=maker != "target") for s in forks]
+                runner.run(works).argmax(dim=-1)
+                for s, n in zip(forks, lengths, strict=True):
+                    s.crop(n)
+
+            self._known[maker, tokens] = median_seconds(run, 5)
+        return self._known[maker, tokens]
+
+
+def _summed(rows: Sequence[Sequence[int]]) -> list[int]:
+    """Sums by position of rows that may be of different length."""
+    longest = max((len(row) for row in rows), default=0)
+    return [sum(row[i] for row in rows if i < len(row)) for i in range(longest)]
