@@ -10,7 +10,10 @@ from importlib.metadata import version
 
 import pytest
 from command_line import COMMAND, call, fails
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
+from conftest import byte_tokenizer, tiny_module
 from thresher.kernels.native import kernel_set
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 8
@@ -36,7 +39,16 @@ def kv(tmp_path_factory, tiny_folder):
 def test_help_names_every_command():
     text = call("--help").stdout
     assert all(name in text for name in ("generate", "read", "ask", "bench", "doctor"))
-    for command in (["generate"], ["read"], ["ask"], ["doctor"], ["bench", "decode"], ["bench", "prefill"]):
+    for command in (
+        ["generate"],
+        ["read"],
+        ["ask"],
+        ["doctor"],
+        ["bench", "decode"],
+        ["bench", "prefill"],
+        ["bench", "speculation"],
+        ["plan", "speculation"],
+    ):
         done = call(*command, "--help")
         assert done.returncode == 0
         assert "--json" in done.stdout
@@ -303,3 +315,76 @@ def test_attention_alone_is_timed():
     assert [r["method"] for r in rows] == ["dense", "sign:dense_below=0,budget=64"]
     assert rows[1]["rows"] < 0.2
     assert rows[0]["error"] == 0 < rows[1]["error"]
+
+
+def test_speculation(kv, tiny_folder, tmp_path):
+    plain = call(
+        "ask", kv, "Who?", "Where?", "--max-new-tokens", 40, "--ignore-eos", "--attention", "dense", "--json", "-"
+    )
+    answers = [q["answers"][0]["token_ids"] for q in json.loads(plain.stdout)["questions"]]
+    out = tmp_path / "answers.json"
+    for speculate in ("auto", "ngram:gamma=4", "self:streaming,window=16,gamma=4", f"model:{tiny_folder},gamma=3"):
+        asked = ("ask", kv, "Who?", "Where?", "--max-new-tokens", 40, "--ignore-eos", "--speculate", speculate)
+        done = call(*asked, "--json", out)
+        assert done.returncode == 0, done.stderr
+        assert "speculation: " in done.stderr
+        found = [q["answers"][0] for q in json.loads(out.read_text())["questions"]]
+        assert [a["token_ids"] for a in found] == answers
+        assert all(a["speculation"]["passes"] <= 39 for a in found)
+        if "model" in speculate:  # it is the same model
+            assert found[0]["speculation"]["accepted"] == found[0]["speculation"]["drafted"]
+            assert "100 % of 57 drafted tokens accepted" in done.stderr
+    model = ("--model", tiny_folder, "--weights", "float32")
+    sampled = ("generate", "Name", "--temperature", 1, "--max-new-tokens", 20, "--ignore-eos", *model, "--json", "-")
+    done = call(*sampled, "--speculate", "ngram:gamma=2", "--seed", 5)
+    assert (
+        json.loads(done.stdout)["answers"][0]["text"]
+        == json.loads(call(*sampled, "--seed", 5).stdout)["answers"][0]["text"]
+    )
+    assert json.loads(call(*sampled, "--speculate", "ngram:gamma=2").stdout)["seed"] is None
+
+
+def test_speculation_that_cannot_be(kv, tiny_folder, tmp_path, monkeypatch):
+    ask = ("ask", kv, "Who?", "--speculate")
+    fails(2, "choose from auto, self", *ask, "fast")
+    fails(2, "a draft has 1 to 15", *ask, "self:auto,gamma=-1")
+    fails(2, "verified densely", *ask, "self:auto", "--attention", "sign")
+    fails(2, "name a sparse attention method", *ask, "self:dense")
+    fails(3, "no such", *ask, f"model:{tmp_path / 'nowhere'}")
+    other = tmp_path / "other"
+    tiny_module("qwen3").save_pretrained(other)
+    swapped = {token: 261 - i if 3 <= i <= 258 else i for token, i in byte_tokenizer().get_vocab().items()}
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(swapped, "a"))).save_pretrained(other)
+    fails(2, "has another vocabulary", *ask, f"model:{other}")
+    monkeypatch.setattr("thresher.engine.llm.available_memory", lambda: 1000)
+    fails(5, "takes about", *ask, f"model:{tiny_folder}", "--kv-budget", 64)
+
+
+def test_plan_and_bench_speculation(tiny_folder, tmp_path):
+    out = tmp_path / "out.json"
+    plan = ("plan", "speculation", "--machine", "a100", "--batch", "1,64", "--context", "2048,100000")
+    done = call(*plan, "--model", "llama-3.1-8b", "--plot", tmp_path / "plan.png", "--json", out)
+    assert done.returncode == 0, done.stderr
+    rows = {(r["batch"], r["context"]): r for r in json.loads(out.read_text())["rows"]}
+    assert rows[1, 2048]["gamma"] == 0
+    assert rows[64, 100000]["speedup"] > 1.5
+    assert (tmp_path / "plan.png").stat().st_size > 1000
+    assert call(*plan, "--model", tiny_folder, "--draft", "model:smollm2-135m").returncode == 0
+    assert call("plan", "speculation", "--machine", "950:46", "--acceptance", "0.9,0.8").returncode == 0
+    fails(2, "GFLOP/s:GB/s", "plan", "speculation", "--machine", "950:x")
+    fails(2, "there is this, a100", "plan", "speculation", "--machine", "tpu")
+    fails(2, "--acceptance 1.5", "plan", "speculation", "--acceptance", "1.5")
+    fails(2, "self:METHOD or model:NAME", "plan", "speculation", "--draft", "other")
+    fails(2, "there is llama-2-7b", "plan", "speculation", "--model", "list")
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 8)
+    bench = ("bench", "speculation", "--model", tiny_folder, "--weights", "float32", "--text", text)
+    few = ("--contexts", 200, "--batch", 2, "--tokens", 12, "--rounds", 1, "--temperature", "0,0.7")
+    done = call(*bench, *few, "--speculate", "auto;self:streaming,window=16,gamma=2;ngram:gamma=2", "--json", out)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())
+    assert [r["setting"] for r in rows[:4]] == ["plain", "auto", "self:streaming,window=16,gamma=2", "ngram:gamma=2"]
+    assert all(r["same"] for r in rows if r["temperature"] == 0)
+    assert all(r["same"] is None for r in rows if r["temperature"])
+    assert rows[2]["drafters"] == {"self:streaming:window=16": rows[2]["gammas"][2] + rows[2]["gammas"][1]}
+    fails(2, "--temperature x", *bench, "--temperature", "x")

@@ -36,7 +36,7 @@ from thresher.engine.framing import (
 from thresher.engine.memory import MemoryAccount
 from thresher.engine.requests import Event, Request, indexed_method
 from thresher.engine.scheduler import PASS_SECONDS, Scheduler
-from thresher.errors import UsageError
+from thresher.errors import CapacityError, UsageError
 from thresher.machine.memory import available_memory
 from thresher.models.load import load, same_tokens
 from thresher.models.resolve import DEFAULT_MODEL, resolve
@@ -115,10 +115,17 @@ class LLM:
         self._preparing = threading.Lock()
 
     def _load_draft_model(self, speculation: Speculation, trust_remote_code: bool) -> DraftModel:
-        """Raises UsageError if its tokens are not those of the model."""
+        """Raises UsageError if its tokens are not those of the model, CapacityError if memory is too small for both."""
         name = str(speculation.model)
         weights = speculation.weights or self.model.weights
-        drafting = load(resolve(name, self._progress), weights, trust_remote_code, self._progress)
+        source = resolve(name, self._progress)
+        size, free = sum(f.stat().st_size for f in source.folder.glob("*.safetensors")), available_memory()
+        if size > free:
+            raise CapacityError(
+                f"speculate: the draft model {name} takes about {size / 2**20:.0f} MiB beside {self.model.name}, and "
+                f"{free / 2**20:.0f} are free"
+            )
+        drafting = load(source, weights, trust_remote_code, self._progress)
         if not same_tokens(drafting, self.model):
             raise UsageError(
                 f"speculate: {drafting.name} has another vocabulary than {self.model.name}; drafts need the same tokens"

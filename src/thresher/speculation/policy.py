@@ -75,8 +75,8 @@ class Clock:
         if not known:
             return 1.0
         nearest = min({kind[1] for kind in known}, key=lambda other: abs(other - batch))
-        points = sorted((n, correction) for (n, size), correction in known.items() if size == nearest)
-        return float(np.interp(tokens, *zip(*points, strict=True)))
+        points = {n: correction for (n, size), correction in sorted(known.items()) if size == nearest}
+        return float(np.interp(tokens, list(points), list(points.values())))
 
     def _nominal(self, maker: str, chunks: Sequence[Chunk]) -> float:
         shape = self._shapes.get(maker, self._shape)
