@@ -58,8 +58,9 @@ void linear_panels(const Linear& args, int64_t panel_begin, int64_t panel_end) {
       const int64_t packed = gated ? 2 * p : p;
       const int panels = gated || p + 1 < panel_end ? 2 : 1, written = gated ? 1 : panels;
       const typename E::Weight* w = (const typename E::Weight*)args.w + packed * panel_size;
-      for (int64_t row = chunk; row < chunk_end; row += tile_rows) {
-        const int rows = int(chunk_end - row < tile_rows ? chunk_end - row : tile_rows);
+      for (int64_t row = chunk; row < chunk_end;) {
+        const int64_t left = chunk_end - row, tiles_left = (left + tile_rows - 1) / tile_rows;
+        const int rows = int((left + tiles_left - 1) / tiles_left);  // tiles of a few rows wait for their chains
         tiles<E>(rows, (const Value*)args.x + row * args.x_stride, args.x_stride, w, panel_size, panels, steps, c, stride);
         for (int i = 0; i < panels; ++i) finish_panel(args, (packed + i) * panel, rows, c + i * panel, stride);
         if (gated)
@@ -77,6 +78,7 @@ void linear_panels(const Linear& args, int64_t panel_begin, int64_t panel_end) {
               write_panel<BF16>(args, at, columns, c + r * stride + i * panel);
           }
         }
+        row += rows;
       }
     }
   }

@@ -10,11 +10,11 @@ THRESHER_ISA_BEGIN
 constexpr int accumulators = registers * 3 / 4;  // the rest is for what is multiplied
 constexpr int tile_rows = accumulators / 2;
 
-// Columns that a tile computes together, in vectors: the whole panel if its accumulators fit into registers. Else the
-// panel is passed several times, which costs memory traffic, so that is for many rows only.
+// Columns that a tile computes together, in vectors: the whole panel if its accumulators fit into registers, beside the
+// fewer of x and weights, which are kept, and one of the others. Else the panel is passed several times.
 constexpr int tile_vectors(int rows, int panels) {
   int vectors = panel / W;
-  while (vectors > 2 && rows * panels * vectors + vectors + 1 > registers) vectors /= 2;
+  while (vectors > 2 && rows * panels * vectors + (rows < vectors ? rows : vectors) + 1 > registers) vectors /= 2;
   return vectors;
 }
 
@@ -34,21 +34,35 @@ inline void tile(const typename E::Value* a, int64_t a_stride, const typename E:
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
           for (int v = 0; v < V; ++v) acc[p][r][v] = load<vf>(c + r * c_stride + p * panel + column + v * W);
-    const typename E::Weight* w = b + column * E::pack;
-    for (int64_t s = 0; s < steps; ++s, w += panel * E::pack) {
+    const typename E::Weight *w = b + column * E::pack, *next = b + P * b_stride + column * steps * E::pack;
+    for (int64_t s = 0; s < steps; ++s, w += panel * E::pack, next += V * W * E::pack) {
+      // While a panel is passed again memory would rest, and of parts of steps processors do not foresee what comes next.
+      if (V * W < panel) __builtin_prefetch(next);
 #pragma GCC unroll 2
       for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 2
         for (int part = 0; part < E::parts; ++part) {
           if (part == 1) asm volatile("" ::: "memory");  // load x again: kept for the second part it would displace sums
-          typename E::B weights[V];
-#pragma GCC unroll 8
-          for (int v = 0; v < V; ++v) weights[v] = E::load_b(w + p * b_stride + v * W * E::pack, part);
+          if constexpr (R < V) {
+            typename E::A x[R];
 #pragma GCC unroll 12
-          for (int r = 0; r < R; ++r) {
-            const typename E::A x = E::load_a(a + r * a_stride + s * E::pack, part);
+            for (int r = 0; r < R; ++r) x[r] = E::load_a(a + r * a_stride + s * E::pack, part);
 #pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) acc[p][r][v] = E::dp(acc[p][r][v], x, weights[v]);
+            for (int v = 0; v < V; ++v) {
+              const typename E::B weight = E::load_b(w + p * b_stride + v * W * E::pack, part);
+#pragma GCC unroll 12
+              for (int r = 0; r < R; ++r) acc[p][r][v] = E::dp(acc[p][r][v], x[r], weight);
+            }
+          } else {
+            typename E::B weights[V];
+#pragma GCC unroll 8
+            for (int v = 0; v < V; ++v) weights[v] = E::load_b(w + p * b_stride + v * W * E::pack, part);
+#pragma GCC unroll 12
+            for (int r = 0; r < R; ++r) {
+              const typename E::A x = E::load_a(a + r * a_stride + s * E::pack, part);
+#pragma GCC unroll 8
+              for (int v = 0; v < V; ++v) acc[p][r][v] = E::dp(acc[p][r][v], x, weights[v]);
+            }
           }
         }
       }
