@@ -67,6 +67,24 @@ ALWAYS_INLINE __m512i look_up_nibbles(__m512i nibbles, __m512i place, const uint
   return out;
 #endif
 }
+#elif defined(__AVX2__)
+// Byte j of the words of 32 keys in out[j], of each eight keys in the order of joined_halves.
+ALWAYS_INLINE void gather_bytes(const uint32_t* first, const uint32_t* second, __m256i* out) {
+  const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  auto words = [&](const uint32_t* from) { return _mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i*)from), order); };
+  const __m256i a = words(first), b = words(first + 8), c = words(second), d = words(second + 8);
+  const __m256i ab = _mm256_unpacklo_epi32(a, b), cd = _mm256_unpacklo_epi32(c, d);
+  const __m256i upper_ab = _mm256_unpackhi_epi32(a, b), upper_cd = _mm256_unpackhi_epi32(c, d);
+  out[0] = _mm256_unpacklo_epi64(ab, cd);
+  out[1] = _mm256_unpackhi_epi64(ab, cd);
+  out[2] = _mm256_unpacklo_epi64(upper_ab, upper_cd);
+  out[3] = _mm256_unpackhi_epi64(upper_ab, upper_cd);
+}
+
+// What bytes at even and at odd places add up to becomes the sums of 16 keys in order: the first or the second.
+ALWAYS_INLINE __m256i joined_halves(__m256i even, __m256i odd, bool second) {
+  return _mm256_permute4x64_epi64(second ? _mm256_unpackhi_epi16(even, odd) : _mm256_unpacklo_epi16(even, odd), 0xd8);
+}
 #endif
 
 constexpr int sign_groups = 4;  // of 16 keys, scored together: the sums of a piece are loaded once for all of them
@@ -109,6 +127,43 @@ ALWAYS_INLINE void scan_signs(int pieces, int shift, const SignGroups& from, con
     for (int r = 0; r < R; ++r) {
       const __m512i score = _mm512_sra_epi32(_mm512_mullo_epi32(acc[u][r], factor), down);
       _mm256_storeu_si256((__m256i*)(scores[r] + 16 * u), _mm512_cvtepi32_epi16(score));
+    }
+  }
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_set1_epi8(15);
+  const __m128i down = _mm_cvtsi32_si128(shift);
+  for (int u = 0; u < sign_groups; u += 2) {
+    __m256i all[R], odd[R];  // of 16-bit lanes: sums of what they hold, which may overflow, and of their upper bytes
+    for (int r = 0; r < R; ++r) all[r] = odd[r] = _mm256_setzero_si256();
+    for (int p = 0; p < pieces; ++p) {
+      __m256i bytes[4];
+      gather_bytes(from.signs[u] + p * 16, from.signs[u + 1] + p * 16, bytes);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          const __m256i nibbles = _mm256_and_si256(half ? _mm256_srli_epi16(bytes[j], 4) : bytes[j], low);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) {
+            const __m128i sums = _mm_loadu_si128((const __m128i*)queries[r]->sums[p][half][j]);
+            const __m256i found = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(sums), nibbles);
+            all[r] = _mm256_add_epi16(all[r], found);
+            odd[r] = _mm256_add_epi16(odd[r], _mm256_srli_epi16(found, 8));
+          }
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const __m256i even = _mm256_sub_epi16(all[r], _mm256_slli_epi16(odd[r], 8));
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const __m256i sum = _mm256_sub_epi16(joined_halves(even, odd[r], i), _mm256_set1_epi16(int16_t(zero)));
+        const __m256i factor = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)from.factors[u + i]));
+        const __m256i product = _mm256_mullo_epi16(sum, factor), upper = _mm256_mulhi_epi16(sum, factor);
+        const __m256i score = _mm256_packs_epi32(_mm256_sra_epi32(_mm256_unpacklo_epi16(product, upper), down),
+                                                 _mm256_sra_epi32(_mm256_unpackhi_epi16(product, upper), down));
+        _mm256_storeu_si256((__m256i*)(scores[r] + 16 * (u + i)), score);
+      }
     }
   }
 #else
@@ -168,6 +223,16 @@ ALWAYS_INLINE int32_t* keep_from(const int16_t* x, int16_t bound, int32_t place,
     const __m512i entry = _mm512_or_si512(_mm512_slli_epi32(score, 16), _mm512_add_epi32(lanes, _mm512_set1_epi32(place + i)));
     _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(mask, entry));
     to += __builtin_popcount(_cvtmask16_u32(mask));
+  }
+#elif defined(__AVX2__)
+  const __m256i least = _mm256_set1_epi16(bound);
+  auto below = [&](int at) { return _mm256_cmpgt_epi16(least, _mm256_loadu_si256((const __m256i*)(x + at))); };
+  for (int i = 0; i < sign_keys; i += 32) {
+    const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi16(below(i), below(i + 16)), 0xd8);
+    for (uint32_t bits = ~uint32_t(_mm256_movemask_epi8(both)); bits; bits &= bits - 1) {
+      const int at = i + __builtin_ctz(bits);
+      *to++ = int32_t(uint32_t(x[at]) << 16 | uint32_t(place + at));
+    }
   }
 #else
   for (int i = 0; i < sign_keys; ++i)
