@@ -5,27 +5,31 @@
 
 THRESHER_ISA_BEGIN
 
+// As wide as registers are: of wider ones GCC 12 makes single numbers.
 template <class T>
 struct Lanes;
 template <>
 struct Lanes<int16_t> {
-  typedef int16_t V __attribute__((vector_size(64)));
+  typedef int16_t V __attribute__((vector_size(4 * W)));
 };
 template <>
 struct Lanes<int32_t> {
-  typedef int32_t V __attribute__((vector_size(64)));
+  typedef int32_t V __attribute__((vector_size(4 * W)));
 };
 
 // How many of n (a multiple of 64) are >= t.
 template <class T>
 int64_t count_from(const T* x, int64_t n, T t) {
   typedef typename Lanes<T>::V V;
-  constexpr int lanes = 64 / sizeof(T);
-  V count = {};
+  constexpr int64_t lanes = sizeof(V) / sizeof(T), most = 32767 * lanes;  // that counts of 16 bits hold
   const V limit = t - V{};
-  for (int64_t i = 0; i < n; i += lanes) count -= (V)(load<V>(x + i) >= limit);
   int64_t total = 0;
-  for (int j = 0; j < lanes; ++j) total += count[j];
+  for (int64_t begin = 0; begin < n; begin += most) {
+    const int64_t end = begin + most < n ? begin + most : n;
+    V count = {};
+    for (int64_t i = begin; i < end; i += lanes) count -= (V)(load<V>(x + i) >= limit);
+    for (int j = 0; j < lanes; ++j) total += count[j];
+  }
   return total;
 }
 
@@ -52,7 +56,7 @@ constexpr T lowest() {
 template <class T>
 T threshold(const T* x, int64_t n, int64_t k) {
   typedef typename Lanes<T>::V V;
-  constexpr int lanes = 64 / sizeof(T);
+  constexpr int lanes = sizeof(V) / sizeof(T);
   V least = load<V>(x), most = least;
   for (int64_t i = lanes; i < n; i += lanes) {
     const V v = load<V>(x + i);
