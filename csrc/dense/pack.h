@@ -62,16 +62,16 @@ ALWAYS_INLINE void transpose16(const char* const* rows, int64_t byte_offset, uin
 constexpr int gather_ahead = 64;  // row addresses behind the last one, for prefetching
 
 // Keys become the right-hand side of S = Q K^T: panels of 32 keys, step by step. Missing rows are zero. Gathered rows
-// are asked for one by one; behind the last one there are `gather_ahead` more addresses.
+// are asked for one by one; behind the last one there are `gather_ahead` more addresses. `asked`: nothing is asked for here.
 template <bool Gathered = false>
-ALWAYS_INLINE void pack_keys(const char* const* rows, int count, int64_t steps, uint32_t* out) {
+ALWAYS_INLINE void pack_keys(const char* const* rows, int count, int64_t steps, uint32_t* out, bool asked = false) {
   for (int base = 0; base < count; base += panel) {
     uint32_t* to = out + base * steps;
     for (int half = 0; half < panel; half += 16) {
       const int begin = base + half, present = count - begin < 16 ? count - begin : 16;
       if (Gathered)
         for (int i = 0; i < 16; ++i) prefetch(rows[begin + i + 32], steps * 4);
-      else if (present > 0)
+      else if (present > 0 && !asked)
         prefetch(rows[begin] + prefetch_distance, present * steps * 4);
       int64_t s = 0;
 #if defined(__AVX2__)
@@ -110,11 +110,13 @@ ALWAYS_INLINE void zip_rows(const uint16_t* first, const uint16_t* second, int c
 }
 
 // Values become the right-hand side of P V: panels of 32 head dimensions, keys (bf16: pairs of keys) step by step.
-// Meanwhile the keys of the next split are asked for, which most often lie behind those of this one.
+// Meanwhile the keys of the next split are asked for, which most often lie behind those of this one, and values further on, if
+// nobody has `asked` for them.
 template <bool Gathered = false>
-ALWAYS_INLINE void pack_values(F32, const char* const* rows, const char* const* keys, int count, int64_t head_dim, float* out) {
+ALWAYS_INLINE void pack_values(F32, const char* const* rows, const char* const* keys, int count, int64_t head_dim, float* out,
+                               bool asked) {
   for (int i = 0; i < count; ++i) {
-    if (!Gathered) {
+    if (!Gathered && !asked) {
       prefetch(rows[i] + prefetch_distance, head_dim * 4);
       prefetch(keys[i] + split * head_dim * 4, head_dim * 4);
     }
@@ -128,9 +130,9 @@ ALWAYS_INLINE void pack_values(F32, const char* const* rows, const char* const* 
 }
 template <bool Gathered = false>
 ALWAYS_INLINE void pack_values(BF16, const char* const* rows, const char* const* keys, int count, int64_t head_dim,
-                        uint16_t* out) {
+                               uint16_t* out, bool asked) {
   for (int i = 0; i < count; i += 2) {
-    if (!Gathered) {
+    if (!Gathered && !asked) {
       prefetch(rows[i] + prefetch_distance, head_dim * 4);  // of two rows
       prefetch(keys[i] + split * head_dim * 2, head_dim * 4);
     }

@@ -69,7 +69,7 @@ void weigh_rows(const typename E::Value* weights, const char* const* values, con
         for (int i = 0; i < E::pack; ++i) prefetch(values[k + i + 16], D * sizeof(Value));
       } else {
         prefetch(values[k] + prefetch_distance, E::pack * D * sizeof(Value));
-        prefetch(keys[k] + split * D * sizeof(Value), E::pack * D * sizeof(Value));
+        if (!asks_ahead(R)) prefetch(keys[k] + split * D * sizeof(Value), E::pack * D * sizeof(Value));
       }
       const Value* first = (const Value*)values[k] + begin;
       const Value* second = k + 1 < count ? (const Value*)values[k + 1] + begin : zeros;
@@ -117,14 +117,18 @@ void attend_tile(const Attention& args, TileScratch& s, int rows, const typename
   typedef typename E::Value Value;
   const int64_t dim = D ? D : args.head_dim, wide = padded(dim), steps = dim / E::pack;
   const int key_end = int(padded(keys)), chunk = first ? 2 * panel : split;
+  // Rows of the next split most often lie behind those of this one. Tiles of many rows ask for them as they go: all at once while
+  // rows are packed would be more than a processor can wait for.
+  const bool asking = !Gathered && first && asks_ahead(rows);
+  auto ahead = [&](const char* const* row) { return asking ? *row + split * dim * int64_t(sizeof(Value)) : nullptr; };
   for (int k = 0; k < keys; k += chunk) {
     const int n = keys - k < chunk ? keys - k : chunk;
     uint32_t* packed = s.keys + (only ? 0 : k * steps);
-    if (first) pack_keys<Gathered>(s.key_rows + k, n, steps, packed);
+    if (first) pack_keys<Gathered>(s.key_rows + k, n, steps, packed, asking);
     if (Gathered && first)
       for (int i = 0; i < n; ++i) prefetch(s.value_rows[k + i], dim * sizeof(Value));
     tiles<E>(rows, q, dim, (const Value*)packed, steps * panel * E::pack, int(padded(n)) / panel, steps,
-             s.scores + k, split);
+             s.scores + k, split, false, ahead(s.key_rows + k));
   }
   adjust(s.scores);
   const float scale = args.scale * log2_e;
@@ -155,9 +159,9 @@ void attend_tile(const Attention& args, TileScratch& s, int rows, const typename
   for (int k = 0; k < keys; k += chunk) {
     const int n = keys - k < chunk ? keys - k : chunk;
     Value* packed = (Value*)s.values + (only ? 0 : k * panel);
-    if (first) pack_values<Gathered>(E(), s.value_rows + k, s.key_rows + k, n, dim, packed);
+    if (first) pack_values<Gathered>(E(), s.value_rows + k, s.key_rows + k, n, dim, packed, asking);
     tiles<E>(rows, weights + k, split, packed, panel * split, int(wide / panel),
-             (n + E::pack - 1) / E::pack, s.acc, wide, k > 0);
+             (n + E::pack - 1) / E::pack, s.acc, wide, k > 0, ahead(s.value_rows + k));
   }
 }
 

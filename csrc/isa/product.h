@@ -18,12 +18,16 @@ constexpr int tile_vectors(int rows, int panels) {
   return vectors;
 }
 
+// Whether tiles of so many rows ask for memory while they are computed.
+constexpr bool asks_ahead(int rows) { return tile_vectors(rows, 1) * W < panel; }
+
 // c[rows, 32 * panels] = a[rows, steps packs] @ packed panels, `b_stride` values apart (`onto`: += ). Every output is one
 // chain of dp in the order of the packs, however many rows and panels are computed together, so results do not depend
-// on the batch. A few rows take two panels at once: one alone would wait for its own chains.
+// on the batch. A few rows take two panels at once: one alone would wait for its own chains. As much memory as the panels take is
+// asked for from `ahead` on if they are passed several times: meanwhile it would rest.
 template <class E, int R, int P>
 inline void tile(const typename E::Value* a, int64_t a_stride, const typename E::Weight* b, int64_t b_stride,
-                 int64_t steps, float* c, int64_t c_stride, bool onto) {
+                 int64_t steps, float* c, int64_t c_stride, bool onto, const char* ahead) {
   constexpr int V = tile_vectors(R, P);
   for (int column = 0; column < panel; column += V * W) {
     vf acc[P][R][V] = {};
@@ -34,10 +38,9 @@ inline void tile(const typename E::Value* a, int64_t a_stride, const typename E:
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
           for (int v = 0; v < V; ++v) acc[p][r][v] = load<vf>(c + r * c_stride + p * panel + column + v * W);
-    const typename E::Weight *w = b + column * E::pack, *next = b + P * b_stride + column * steps * E::pack;
-    for (int64_t s = 0; s < steps; ++s, w += panel * E::pack, next += V * W * E::pack) {
-      // While a panel is passed again memory would rest, and of parts of steps processors do not foresee what comes next.
-      if (V * W < panel) __builtin_prefetch(next);
+    const typename E::Weight* w = b + column * E::pack;
+    for (int64_t s = 0; s < steps; ++s, w += panel * E::pack, ahead += V * W * E::pack * sizeof(*w)) {
+      if (asks_ahead(R)) __builtin_prefetch(ahead);
 #pragma GCC unroll 2
       for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 2
@@ -76,19 +79,23 @@ inline void tile(const typename E::Value* a, int64_t a_stride, const typename E:
   }
 }
 
-// Any number of rows up to tile_rows, any number of panels whose outputs lie side by side.
+// Any number of rows up to tile_rows, any number of panels whose outputs lie side by side. `ahead`: what is read next,
+// by default the panel behind the first.
 template <class E, int R = tile_rows>
 inline void tiles(int rows, const typename E::Value* a, int64_t a_stride, const typename E::Weight* b,
-                  int64_t b_stride, int panels, int64_t steps, float* c, int64_t c_stride, bool onto = false) {
+                  int64_t b_stride, int panels, int64_t steps, float* c, int64_t c_stride, bool onto = false,
+                  const void* ahead = nullptr) {
   if (rows == R) {
+    const char* next = ahead ? (const char*)ahead : (const char*)(b + b_stride);
+    const int64_t panel_bytes = steps * panel * E::pack * int64_t(sizeof *b);
     int p = 0;
     if constexpr (R * 2 * (panel / W) <= accumulators)
       for (; p + 2 <= panels; p += 2)
-        tile<E, R, 2>(a, a_stride, b + p * b_stride, b_stride, steps, c + p * panel, c_stride, onto);
+        tile<E, R, 2>(a, a_stride, b + p * b_stride, b_stride, steps, c + p * panel, c_stride, onto, next + p * panel_bytes);
     for (; p < panels; ++p)
-      tile<E, R, 1>(a, a_stride, b + p * b_stride, b_stride, steps, c + p * panel, c_stride, onto);
+      tile<E, R, 1>(a, a_stride, b + p * b_stride, b_stride, steps, c + p * panel, c_stride, onto, next + p * panel_bytes);
   } else if constexpr (R > 1) {
-    tiles<E, R - 1>(rows, a, a_stride, b, b_stride, panels, steps, c, c_stride, onto);
+    tiles<E, R - 1>(rows, a, a_stride, b, b_stride, panels, steps, c, c_stride, onto, ahead);
   }
 }
 
