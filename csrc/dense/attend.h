@@ -97,7 +97,8 @@ void attend_item(const Attention& args, const Item& item, char* memory) {
     int at = 0;
     int64_t in_span = 0;
     while (done < rows) {
-      const int count = int(rows - done < tile_rows ? rows - done : tile_rows);
+      const int64_t left = rows - done, tiles_left = (left + tile_rows - 1) / tile_rows;
+      const int count = int((left + tiles_left - 1) / tiles_left);  // alike, as in linear layers
       Visible see[tile_rows];
       float top[tile_rows], total_weight[tile_rows];
       int64_t slot[tile_rows];
