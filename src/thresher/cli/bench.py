@@ -259,7 +259,7 @@ def speculation(
     temperatures = [_temperature(part) for part in temperature.split(",")]
     content = None if random_text else named_text(text)[1]
     loaded = next((s for s in settings if s.model), settings[0])
-    llm = o.Running(threads=threads).load(model, weights, "dense", str(loaded))
+    llm = o.Running(threads=threads, allow_extrapolation=True).load(model, weights, "dense", str(loaded))
     rows = []
     found = bench_speculation(
         llm,

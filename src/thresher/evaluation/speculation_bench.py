@@ -81,7 +81,7 @@ def bench_speculation(
         if real < context:
             base = synthetic_cache(base, context)
         for batch in batches:
-            starts = [_Start(s, context - 1 - APART * i) for i, s in enumerate(own_copies(base, batch))]
+            starts = [_Start(s.fork(), context - 1 - APART * i) for i, s in enumerate(own_copies(base, batch))]
             for temperature in temperatures:
                 yield from _compare(llm, starts, context, temperature, settings, tokens, rounds, progress)
 

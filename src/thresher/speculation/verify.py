@@ -90,32 +90,30 @@ def rejected(state: SampleState, draft: Draft, target: Weights) -> tuple[list[in
     taken: list[int] = []
     chances: list[float] = []
     for i, token in enumerate(draft.token_ids):
-        p = _normalised(target[i])
-        weights = draft.weights[i]
+        p, weights = _scaled(target[i]), draft.weights[i]
         if weights is None:  # all of q is on one token
             chances.append(float(p[token]))
-            left = p.copy()
-            left[token] = 0
             stands = state.uniform(i, Stream.ACCEPT) < p[token]
         else:
-            q = _normalised(weights)
+            q = _scaled(weights)
             chances.append(float(np.minimum(p, q).sum()))
-            left = np.maximum(p - q, 0)
             stands = state.uniform(i, Stream.ACCEPT) * q[token] < p[token]
         if not stands:
+            left = np.maximum(p - q, 0) if weights is not None else p.copy()
+            left[token] = 0
             # Nothing is left where p and q are equal but for rounding.
             return [*taken, _drawn(left if left.any() else p, state.uniform(i))], chances
         taken.append(token)
-    return [*taken, _drawn(_normalised(target[-1]), state.uniform(len(draft.token_ids)))], chances
+    return [*taken, _drawn(target[-1], state.uniform(len(draft.token_ids)))], chances
 
 
-def _normalised(weights: Weights) -> npt.NDArray[np.float64]:
-    p = weights.astype(np.float64)
-    return np.asarray(p / p.sum())
+def _scaled(weights: Weights) -> Weights:
+    """With sum 1."""
+    return np.asarray(weights * np.float32(1 / weights.sum(dtype=np.float64)))
 
 
-def _drawn(p: npt.NDArray[np.float64], uniform: float) -> int:
-    """A token in proportion to p."""
-    cumulated = p.cumsum()
+def _drawn(weights: Weights, uniform: float) -> int:
+    """A token in proportion to weights."""
+    cumulated = weights.cumsum(dtype=np.float64)
     token = int(np.searchsorted(cumulated, uniform * cumulated[-1], side="right"))
-    return min(token, int(np.flatnonzero(p)[-1]))
+    return min(token, int(np.flatnonzero(weights)[-1]))
