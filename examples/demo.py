@@ -76,12 +76,32 @@ def main() -> None:
         f"first token from the file: {wait:.3f} s (median), {100 * wait / reading:.1f} % of reading the text again"
     )
     console.print(f"decoding: {rate:.0f} tokens/s (median over the questions)")
+    compare_drafts(llm, options.output, console)
     console.print("all questions at once, sharing the cache:", end=" ")
     begin = time.perf_counter()
     answers = llm.ask(llm.open(options.output), [question for _, _, question, _ in FACTS], params)
     elapsed = time.perf_counter() - begin
     tokens = sum(len(a[0].token_ids) for a in answers)
     console.print(f"{tokens} tokens in {elapsed:.2f} s, {tokens / elapsed:.0f} tokens/s")
+
+
+def compare_drafts(llm: LLM, path: Path, console: Console) -> None:
+    """One long answer with exact attention, decoded plainly and with drafts, in turns."""
+    params = SamplingParams(max_new_tokens=200, ignore_eos=True)
+    rates: dict[str, list[float]] = {"none": [], "auto": []}
+    answers = set()
+    for speculate in ("none", "auto", "auto", "none"):
+        opened, times, text = llm.open(path), [], ""
+        for event in llm.stream_answers(opened, "Tell it again.", params, attention="dense", speculate=speculate):
+            times.append(time.perf_counter())
+            text += event.text
+        rates[speculate].append((len(times) - 1) / (times[-1] - times[0]))
+        answers.add(text)
+    plain, drafted = (sum(rates[name]) / 2 for name in ("none", "auto"))
+    console.print(
+        f"200 tokens with exact attention: {plain:.0f} tokens/s, with drafts {drafted:.0f} ({drafted / plain:.2f} x), "
+        f"{'the same text' if len(answers) == 1 else 'ANOTHER TEXT'}"
+    )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import torch
 from conftest import byte_tokenizer, tiny_module
 from thresher import LLM, SamplingParams
 from thresher.attention.registry import parse_method
+from thresher.errors import CapacityError
 
 READ = "sinks=2,window=16,dense_layers=none,dense_below=0"
 SELF = {
@@ -184,6 +185,29 @@ def test_documents_and_files(tiny, tmp_path):
         assert tokens(tiny.ask(context, questions, params, attention="dense", speculate=speculate)) == expected
         opened = tiny.open(tmp_path / "fox.kv")
         assert tokens(tiny.ask(opened, questions, params, attention="dense", speculate=speculate)) == expected
+
+
+@pytest.mark.parametrize("speculate", [f"{SELF['sign']},gamma=4", "auto", "ngram"])
+def test_a_drafter_that_fails_is_done_without(tiny, plain, speculate, monkeypatch):
+    def fail(*args, **kwargs):
+        args[1][0].sequence.reserve(3)
+        raise RuntimeError("no")
+
+    monkeypatch.setattr("thresher.speculation.speculator.draft", fail)
+    together = tiny.generate(prompts(), PARAMS, attention="dense", speculate=speculate)
+    assert tokens(together) == [p.token_ids for p in plain]
+
+
+def test_what_a_draft_model_keeps_gives_way(tiny_folder, draft_folder):
+    """Its sequences of answers that ended are held in the account of memory, and let go when there is no room."""
+    row = LLM(tiny_folder, weights="float32").runner.layout.bytes_per_token
+    llm = LLM(tiny_folder, weights="float32", speculate=f"model:{draft_folder},gamma=2", kv_budget=700 * row)
+    params = SamplingParams(max_new_tokens=30, ignore_eos=True)
+    for ids in (prompts()[3], prompts()[4], prompts()[1]):  # 250 tokens at most, in two models
+        assert len(llm.generate([ids], params)[0][0].token_ids) == 30
+        assert 0 < llm.memory.held <= 700 * row
+    with pytest.raises(CapacityError, match="needs up to"):
+        llm.generate([prompts()[4] + prompts()[3]], SamplingParams(max_new_tokens=100))
 
 
 def test_the_cache_is_that_of_plain_decoding(tiny):

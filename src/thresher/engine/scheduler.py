@@ -161,6 +161,8 @@ class Scheduler:
         events: list[Event] = []
         for entry in self._queue.admitted(lambda: bool(self._running)):
             request, params = entry.request, entry.request.params
+            if entry.bytes > self._memory.free:
+                self._speculator.let_go()
             if entry.needs.limit == 0 and not request.grow and params.prompt_logprobs is None:
                 events += [Event(request.id, i, finish_reason="length") for i in range(params.n)]
             elif entry.bytes > self._memory.free:  # and nothing will become free by itself
@@ -419,7 +421,8 @@ class Scheduler:
     def _forget(self, sample: Sample) -> None:
         """What speculation keeps of a sample that has ended."""
         if sample.speculating:
-            self._speculator.end(sample.speculating)
+            for sequence in self._speculator.end(sample.speculating):
+                self._memory.hold(sequence)
 
     def _sample_ended(self, request: Request) -> None:
         self._running[request.id] -= 1

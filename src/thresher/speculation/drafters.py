@@ -150,6 +150,15 @@ class DraftModel:
         self.runner.run([Work(self.sequence(key), behind[:CATCH_UP], 0)])
         return False
 
+    @property
+    def kept(self) -> list[KVSequence]:
+        """Of samples that have ended."""
+        return list(self._ended)
+
+    def let_go(self) -> None:
+        """Forget what is kept."""
+        self._ended = []
+
     def sequences(self) -> list[KVSequence]:
         return [*(s for s, _ in self._sequences.values()), *self._ended]
 

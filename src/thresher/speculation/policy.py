@@ -24,6 +24,7 @@ PROBE = 96  # steps without drafts after which one is tried, and with drafts aft
 PROBE_GAMMA = 2
 _NOMINAL = MachineProfile(threads=1, read=20e9, matmul=200e9)  # what is expected where nothing was measured
 _WEIGHT = 0.25  # of a new pass in the running correction
+_UNSEEN = 0.25  # of a pass that another token of each sequence is taken to cost, until a longer one was measured
 _OUTLIER = 3.0  # a pass that took this much longer than expected counts only as much longer
 _LIKELY = 0.5  # a token that is drafted rightly so often is worth its time beside others that are worth theirs
 _MEMORY = 0.98  # of the counts of acceptance when one more is added: about the last 50
@@ -42,7 +43,8 @@ class Clock:
     """Learns how long passes take: a nominal time by their cost, corrected by the passes of the same kind there were.
 
     A kind is who makes the pass, how many sequences it has, to a power of two, and how many new tokens each; between
-    the numbers of tokens that were measured corrections are interpolated, beyond them they stay.
+    the numbers of tokens that were measured corrections are interpolated, beyond them they stay. Longer passes are
+    taken to cost more until one was measured: to believe that they are nearly free would be dear where they are not.
     """
 
     def __init__(self, shape: ModelShape, others: Mapping[str, ModelShape]) -> None:
@@ -76,7 +78,8 @@ class Clock:
             return 1.0
         nearest = min({kind[1] for kind in known}, key=lambda other: abs(other - batch))
         points = {n: correction for (n, size), correction in sorted(known.items()) if size == nearest}
-        return float(np.interp(tokens, list(points), list(points.values())))
+        correction = float(np.interp(tokens, list(points), list(points.values())))
+        return correction if len(points) > 1 else correction * (1 + _UNSEEN * max(0.0, tokens - min(points)))
 
     def _nominal(self, maker: str, chunks: Sequence[Chunk]) -> float:
         shape = self._shapes.get(maker, self._shape)

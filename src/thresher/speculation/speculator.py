@@ -23,7 +23,6 @@ from thresher.speculation.policy import (
     Chunk,
     Clock,
     best_plan,
-    plan,
 )
 from thresher.speculation.settings import Speculation
 from thresher.speculation.verify import Draft, Verdict
@@ -69,6 +68,7 @@ class Speculating:
     lookup_gamma: int = 0
     lookup_first: bool = False
     steps: int = 0  # since drafts began or ended
+    broken: set[str] = field(default_factory=set)  # makers of drafts that have failed
     current: str = ""  # who made the draft that is being verified
     shadow: list[int] = field(default_factory=list)
     hits: int = 0
@@ -121,10 +121,16 @@ class Speculator:
         lookup = Lookup(settings.ngram) if settings.drafter in ("auto", "ngram") else None
         return Speculating(settings, sequence, state, target, matching, ends, lookup)
 
-    def end(self, sample: Speculating) -> None:
-        """A sample has ended."""
+    def end(self, sample: Speculating) -> list[KVSequence]:
+        """A sample has ended. Returns the sequences of draft models that are kept for the next ones."""
         for model in self._models.values():
             model.end(sample)
+        return [sequence for model in self._models.values() for sequence in model.kept]
+
+    def let_go(self) -> None:
+        """Forget sequences that are kept for nobody yet."""
+        for model in self._models.values():
+            model.let_go()
 
     def drafts(self, turns: Sequence[Turn]) -> list[Draft]:
         """A draft for each sample, an empty one where none pays or none is ready. Sequences are as they were."""
@@ -188,6 +194,9 @@ class Speculator:
 
     def _makers(self, turn: Turn) -> list[str]:
         """Models that may draft for a sample now."""
+        return [maker for maker in self._fitting(turn) if maker not in turn.sample.broken]
+
+    def _fitting(self, turn: Turn) -> list[str]:
         settings, sample = turn.sample.settings, turn.sample
         if settings.drafter == "ngram":
             return []
@@ -247,9 +256,9 @@ class Speculator:
         self._until_replan -= 1
         if not free or (self._until_replan > 0 and samples == self._planned):
             return
-        self._planned, self._until_replan = samples, REPLAN
         if not self.clock.measured(TARGET):
             return
+        self._planned, self._until_replan = samples, REPLAN
         found: list[tuple[float, str, Turn, int]] = []
         for maker in sorted({m for t in free for m in self._makers(t)}):
             group = [t for t in free if maker in self._makers(t)]
@@ -259,26 +268,30 @@ class Speculator:
             found += [(best.rate, maker, turn, gamma) for turn, gamma in zip(group, best.gammas, strict=True)]
             if any(not self.clock.measured(TARGET, 1 + gamma) for gamma in best.gammas):
                 self._until_replan = REPLAN_UNSURE
+        rates: dict[Speculating, float] = {}
         for turn in free:
             paying = [(rate, maker, gamma) for rate, maker, t, gamma in found if t is turn and gamma]
-            _, maker, gamma = max(paying, default=(0.0, "", 0))
+            rate, maker, gamma = max(paying, default=(0.0, "", 0))
+            if gamma:
+                rates[turn.sample] = rate
             if (gamma > 0) != (turn.sample.gamma > 0):
                 turn.sample.steps = 0
             turn.sample.maker, turn.sample.gamma = maker or None, gamma
-            self._plan_lookup(turn)
+        self._plan_lookups(free, rates)
 
-    def _plan_lookup(self, turn: Turn) -> None:
-        """How much of what is looked up is worth verifying, and whether it is better than what a model drafts."""
-        sample = turn.sample
-        if sample.lookup is None or not self.clock.measured(TARGET):
+    def _plan_lookups(self, turns: Sequence[Turn], rates: Mapping[Speculating, float]) -> None:
+        """How much of what is looked up is worth verifying, and whether it is better than what models draft, with
+        `rates` of tokens a second."""
+        turns = [turn for turn in turns if turn.sample.lookup]
+        if not turns:
             return
-        case = self._case(turn, NGRAM)
-        best = best_plan(self.clock, None, [case], sample.lookup_gamma)
-        sample.lookup_gamma = best.gammas[0]
-        other = 0.0
-        if sample.maker and sample.gamma:
-            other = plan(self.clock, sample.maker, [self._case(turn, sample.maker)], sample.gamma).rate
-        sample.lookup_first = sample.lookup_gamma > 0 and best.rate > other
+        cases = [self._case(turn, NGRAM) for turn in turns]
+        best = best_plan(self.clock, None, cases, max(turn.sample.lookup_gamma for turn in turns))
+        for turn, gamma in zip(turns, best.gammas, strict=True):
+            turn.sample.lookup_gamma = gamma
+            turn.sample.lookup_first = gamma > 0 and best.rate > rates.get(turn.sample, 0.0)
+            if not self.clock.measured(TARGET, 1 + gamma):
+                self._until_replan = REPLAN_UNSURE
 
     def _case(self, turn: Turn, drafter: str) -> Case:
         sample = turn.sample
@@ -311,7 +324,20 @@ class Speculator:
     # Drafts ----------------------------------------------------------------------------------------------------------
 
     def _made(self, maker: str, turns: Sequence[tuple[Turn, int]]) -> list[Draft]:
-        """Drafts by a model, of the lengths chosen; empty ones where it has not read the prompt yet."""
+        """Drafts by a model, of the lengths chosen; empty ones where it has not read the prompt yet. If it fails its
+        samples go on without it: what is wrong with the target or its cache, the target's own pass will say."""
+        lengths = [turn.sample.sequence.length for turn, _ in turns]
+        try:
+            return self._drafted(maker, turns)
+        except Exception:
+            for turn, _ in turns:
+                turn.sample.broken.add(maker)
+            return [Draft() for _ in turns]
+        finally:
+            for (turn, _), length in zip(turns, lengths, strict=True):
+                turn.sample.sequence.crop(length)
+
+    def _drafted(self, maker: str, turns: Sequence[tuple[Turn, int]]) -> list[Draft]:
         model = self._models.get(maker)
         made = [Draft() for _ in turns]
         wanted: dict[int, Wanted] = {}
@@ -325,19 +351,12 @@ class Speculator:
                     continue
             method = self._drafting(sample, maker)
             wanted[i] = Wanted(sequence, behind, gamma, sample.state, method, sample.matching, sample.ends)
-        if not wanted:
-            return made
-        runner = model.runner if model is not None else self._runner
-        lengths = [turn.sample.sequence.length for turn, _ in turns]
-        try:
-            drafts = draft(
-                runner, list(wanted.values()), self._runner.model.vocab_size, partial(self.clock.observe, maker)
-            )
-        finally:
-            for (turn, _), length in zip(turns, lengths, strict=True):
-                turn.sample.sequence.crop(length)
-        for i, result in zip(wanted, drafts, strict=True):
-            made[i] = result
+        if wanted:
+            runner = model.runner if model is not None else self._runner
+            observe = partial(self.clock.observe, maker)
+            drafts = draft(runner, list(wanted.values()), self._runner.model.vocab_size, observe)
+            for i, result in zip(wanted, drafts, strict=True):
+                made[i] = result
         return made
 
     # What would have been looked up ----------------------------------------------------------------------------------
