@@ -107,6 +107,7 @@ class Speculator:
         self._known: dict[str, Acceptance] = {}  # of all samples
         self._planned: list[Speculating] = []
         self._until_replan = 0
+        self._trying = False  # a draft that was not planned, in this step
 
     def start(
         self,
@@ -135,6 +136,7 @@ class Speculator:
     def drafts(self, turns: Sequence[Turn]) -> list[Draft]:
         """A draft for each sample, an empty one where none pays or none is ready. Sequences are as they were."""
         self._plan(turns)
+        self._trying = False
         drafts = [Draft() for _ in turns]
         asked: dict[str, list[tuple[int, int]]] = {}  # maker -> (place, tokens)
         for i, turn in enumerate(turns):
@@ -224,9 +226,10 @@ class Speculator:
             sample.lookup_gamma = fixed
             return (makers[0] if makers else None), self._most(turn)
         maker, gamma = (sample.maker, sample.gamma) if sample.maker in makers else (None, 0)
-        if maker is None:
+        if maker is None and not self._trying:  # one sample in a step: the others have the time they would have had
             tried = next((m for m in makers if self._curious(turn, m)), None)
             maker, gamma = (tried, PROBE_GAMMA) if tried else (None, 0)
+            self._trying = tried is not None
         elif gamma and sample.steps >= PROBE:
             sample.steps = gamma = 0  # what a pass without a draft takes is to stay known
         return maker, min(gamma, self._most(turn))
