@@ -24,6 +24,7 @@ PROBE = 96  # steps without drafts after which one is tried, and with drafts aft
 PROBE_GAMMA = 2
 _NOMINAL = MachineProfile(threads=1, read=20e9, matmul=200e9)  # what is expected where nothing was measured
 _WEIGHT = 0.25  # of a new pass in the running correction
+_MIXED = 0.2  # a pass whose sequences have this much more or fewer tokens each, on average, is of no kind
 _UNSEEN = 0.25  # of a pass that another token of each sequence is taken to cost, until a longer one was measured
 _OUTLIER = 3.0  # a pass that took this much longer than expected counts only as much longer
 _LIKELY = 0.5  # a token that is drafted rightly so often is worth its time beside others that are worth theirs
@@ -61,6 +62,8 @@ class Clock:
     def observe(self, maker: str, chunks: Sequence[Chunk], seconds: float) -> None:
         """A pass took so long."""
         known, kind = self._corrections.setdefault(maker, {}), _kind(chunks)
+        if abs(sum(c.new for c in chunks) / len(chunks) - kind[0]) > _MIXED:
+            return
         measured = seconds / self._nominal(maker, chunks)
         if kind in known:
             measured = min(measured, _OUTLIER * known[kind])

@@ -34,7 +34,7 @@ AUTO, WINDOW = parse_method("auto"), parse_method("streaming:window=512")
 VIEWS = (AUTO, WINDOW)
 PRIORS = {f"self:{AUTO}": (0.9,), f"self:{WINDOW}": (0.75,), NGRAM: (0.3, 0.6)}  # of acceptance, of others 0.6
 _OTHERS = (0.6,)
-_FIRST = 2  # drafts of a maker that nothing is known of
+_FIRST = 1.9  # drafts of a maker that nothing is known of: two, the first counting a little less
 _SHADOW = 4  # tokens that are looked up only to see whether they would have been right
 
 
@@ -107,7 +107,6 @@ class Speculator:
         self._known: dict[str, Acceptance] = {}  # of all samples
         self._planned: list[Speculating] = []
         self._until_replan = 0
-        self._trying = False  # a draft that was not planned, in this step
 
     def start(
         self,
@@ -136,7 +135,6 @@ class Speculator:
     def drafts(self, turns: Sequence[Turn]) -> list[Draft]:
         """A draft for each sample, an empty one where none pays or none is ready. Sequences are as they were."""
         self._plan(turns)
-        self._trying = False
         drafts = [Draft() for _ in turns]
         asked: dict[str, list[tuple[int, int]]] = {}  # maker -> (place, tokens)
         for i, turn in enumerate(turns):
@@ -226,10 +224,10 @@ class Speculator:
             sample.lookup_gamma = fixed
             return (makers[0] if makers else None), self._most(turn)
         maker, gamma = (sample.maker, sample.gamma) if sample.maker in makers else (None, 0)
-        if maker is None and not self._trying:  # one sample in a step: the others have the time they would have had
+        if maker is None:  # for all samples of a batch alike, or what is measured would be another pass than is planned
             tried = next((m for m in makers if self._curious(turn, m)), None)
             maker, gamma = (tried, PROBE_GAMMA) if tried else (None, 0)
-            self._trying = tried is not None
+            self._until_replan = min(self._until_replan, REPLAN_UNSURE) if tried else self._until_replan
         elif gamma and sample.steps >= PROBE:
             sample.steps = gamma = 0  # what a pass without a draft takes is to stay known
         return maker, min(gamma, self._most(turn))
