@@ -70,17 +70,17 @@ def behind_a_long_prompt(llm: LLM, ids: list[int], after: tuple[float, ...] = (0
 def sampler_share(llm: LLM, ids: list[int], batch: int = 16) -> dict[str, float]:
     """Of the time of decoding steps of a batch, with a temperature and top-p."""
     spent = []
-    choose = scheduler.choose
+    verify = scheduler.verify
 
     def timed(*args: object) -> object:
         begin = time.perf_counter()
         try:
-            return choose(*args)  # type: ignore[arg-type]
+            return verify(*args)  # type: ignore[arg-type]
         finally:
             spent.append(time.perf_counter() - begin)
 
     params = SamplingParams(max_new_tokens=64, temperature=0.8, top_p=0.95, ignore_eos=True)
-    scheduler.choose = timed  # type: ignore[assignment]
+    scheduler.verify = timed  # type: ignore[assignment]
     try:
         prompts = [ids[at : at + 200] for at in range(0, 200 * batch, 200)]
         begins: list[float] = []
@@ -88,7 +88,7 @@ def sampler_share(llm: LLM, ids: list[int], batch: int = 16) -> dict[str, float]
             if event.choice and event.request == 0:
                 begins.append(time.perf_counter())
     finally:
-        scheduler.choose = choose
+        scheduler.verify = verify
     step = statistics.median(b - a for a, b in itertools.pairwise(begins[8:]))
     sampler = statistics.median(spent[-40:])
     return {"step_ms": 1e3 * step, "sampler_ms": 1e3 * sampler, "share": sampler / step}

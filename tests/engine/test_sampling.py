@@ -15,9 +15,16 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from thresher.decoding.sampler import SampleState, choose, processed_probabilities, prompt_logprobs, random_stream
+from thresher.decoding.sampler import SampleState, processed_probabilities, prompt_logprobs, random_stream
 from thresher.decoding.sampling import SamplingParams
 from thresher.errors import ModelError, UsageError
+from thresher.speculation.verify import Draft, verify
+
+
+def choose(logits, states):
+    """The next token of each state from its row of logits, without drafts."""
+    return [verdict.choices[0] for verdict in verify(logits, [(state, Draft(), True) for state in states])]
+
 
 BAD = {
     "max_new_tokens": [-1, 1.5, "3", True],

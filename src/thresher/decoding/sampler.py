@@ -10,7 +10,7 @@ import torch
 
 from thresher.decoding.sampling import SamplingParams
 from thresher.errors import ModelError, UsageError
-from thresher.kernels.sampling import Draw, Edits, reference_distribution, sample
+from thresher.kernels.sampling import Draw, Edits, reference_distribution
 
 _BLOCK = 64  # uniform numbers drawn from a stream at once
 
@@ -173,18 +173,6 @@ class SampleState:
         offset -= params.presence_penalty * (count > 0) + params.frequency_penalty * count
         early = slot in self._ends and len(self.generated) < params.min_tokens
         self._offsets[slot] = -np.inf if early else offset
-
-
-def choose(logits: torch.Tensor, states: Sequence[SampleState]) -> list[Choice | ModelError]:
-    """The next token of each state from its row of float32 logits `[states, vocab]`; the states do not change.
-
-    A row that is not numbers gives a ModelError in its place and does not harm the others.
-    """
-    drawn = sample(logits, [state.draw() for state in states])
-    return [
-        choice_of(logits[row], drawn.tokens[row], state.params.logprobs, drawn.logsumexp[row])
-        for row, state in enumerate(states)
-    ]
 
 
 def choice_of(logits: torch.Tensor, token: int, logprobs: int | None, logsumexp: float) -> Choice | ModelError:
