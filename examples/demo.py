@@ -68,10 +68,7 @@ def main() -> None:
 
     wait = sorted(waits)[len(waits) // 2]
     rate = sorted(rates)[len(rates) // 2]
-    console.print(
-        f"\n{right} of {len(FACTS)} planted facts found. Attention is exact: what is missed, a model of 135 million"
-    )
-    console.print("parameters misses.")
+    console.print(f"\n{right} of {len(FACTS)} planted facts found, by a model of 135 million parameters.")
     console.print(
         f"first token from the file: {wait:.3f} s (median), {100 * wait / reading:.1f} % of reading the text again"
     )
