@@ -22,7 +22,6 @@ from thresher.speculation.settings import Speculation
 from thresher.speculation.speculator import AUTO, VIEWS, SpeculationStats
 
 APART = 37  # tokens by which the contexts of a batch differ, so that their answers do
-_MATCHES_PLAIN = 0.0  # the temperature at which tokens must be those of plain decoding
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def _compare(
             acceptance=[a / d for a, d in zip(accepted, drafted, strict=True)],
             gammas=gammas,
             drafters=drafters,
-            same=None if temperature != _MATCHES_PLAIN else own[0].tokens == plain[0].tokens,
+            same=None if temperature else own[0].tokens == plain[0].tokens,
         )
 
 
