@@ -98,6 +98,10 @@ void attend_threads(const Attention& args) {
       merge_row<E>(args, at.sequence, at.row, memory(thread));
     }
   };
+  auto votes = [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i)
+      if (args.sequences[i / args.kv_heads].votes) vote<E>(args, int32_t(i / args.kv_heads), i % args.kv_heads);
+  };
   auto fall_back = [&](int64_t begin, int64_t end, int thread) {
     for (int64_t i = begin; i < end; ++i)
       if (args.fallback[i]) attend_densely<E, D>(args, args.sequences[i / args.q_heads], i % args.q_heads, memory(thread));
@@ -110,6 +114,7 @@ void attend_threads(const Attention& args) {
       phase_of(block, args.fold_count, 1, true, false),
       phase_of(splits, split_count, 1, false, false),
       phase_of(merge, merged, 4, false, true),
+      phase_of(votes, args.weights ? int64_t(args.sequence_count) * args.kv_heads : 0, 1, true, false),
       phase_of(fall_back, args.fallback ? int64_t(args.sequence_count) * args.q_heads : 0, 1, true, true),
   };
   run_phases(phases, sizeof phases / sizeof *phases, args.threads);

@@ -181,6 +181,8 @@ struct Sequence {
   int64_t window;     // method: 0 = all, else keys > q - window are read ...
   int64_t sinks;      // ... and keys < sinks
   const Sparse* sparse;  // null: all that is visible is read
+  float* votes;          // [layers, kv_heads, votes_stride]: takes in what the new tokens weigh each row; or null
+  int64_t votes_stride;
 };
 
 // Rows of several sequences that attend to the same keys, or a block of rows of one long chunk.
@@ -223,6 +225,7 @@ struct Attention {
   int64_t sparse_count;
   float* partials;     // one slot: max, sum, acc[head_dim]
   float* variances;    // one slot: sums of a, a |v|^2, a v with a = weight^2 (1 - inclusion probability); or null
+  void* weights;       // one slot: [split] weights against the maximum of the split; null: nobody votes
   char* fallback;      // [sequences, q_heads]: which of them are to be answered by dense attention
   char* scratch;       // threads * scratch_bytes(args), 64-byte aligned
   int threads;

@@ -126,6 +126,8 @@ void attend_item(const Attention& args, const Item& item, char* memory) {
           to[0] = top[r];
           to[1] = total_weight[r];
           __builtin_memcpy(to + 2, tile.acc + r * wide, dim * sizeof(float));
+          if (args.weights)
+            __builtin_memcpy((Value*)args.weights + slot[r] * split, (const Value*)tile.weights + r * split, keys * sizeof(Value));
         }
       }
       done += count;
@@ -137,6 +139,31 @@ void attend_item(const Attention& args, const Item& item, char* memory) {
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t token = seq.query_row + span.query_begin + r / group, head = item.kv_head * group + r % group;
     write_row<E>((Value*)args.out + (token * args.q_heads + head) * dim, s.acc + r * dim, s.sum[r], dim);
+  }
+}
+
+// Adds to a sequence's votes what its new tokens weigh the rows of a KV head, when their partial softmaxes are there.
+template <class E>
+void vote(const Attention& args, int32_t sequence, int64_t kv_head) {
+  typedef typename E::Value Value;
+  const Sequence& seq = args.sequences[sequence];
+  const Slots& slots = args.slots[sequence];
+  const int64_t size = args.head_dim + 2, group = args.q_heads / args.kv_heads, total = seq.past + seq.queries;
+  float* votes = seq.votes + (args.layer * args.kv_heads + kv_head) * seq.votes_stride;
+  for (int64_t i = 0; i < seq.queries * group; ++i) {
+    const int64_t first = slots.begin + (i / group * args.q_heads + kv_head * group + i % group) * slots.count;
+    const float* parts = args.partials + first * size;
+    float top = -infinity(), sum = 0, none = 0;
+    for (int64_t n = 0; n < slots.count; ++n) fold(top, sum, &none, parts[n * size], parts[n * size + 1], &none, 0);
+    for (int64_t n = 0; n < slots.count; ++n) {
+      if (parts[n * size + 1] == 0) continue;
+      const int64_t begin = (n < slots.sink_splits ? n : n + slots.gap) * split, keys = total - begin < split ? total - begin : split;
+      const float scale = exp2_nonpositive(parts[n * size] - top) / sum;
+      const Value* weights = (const Value*)args.weights + (first + n) * split;
+      int64_t k = 0;
+      for (; k + W <= keys; k += W) store(votes + begin + k, load<vf>(votes + begin + k) + E::get_vector(weights + k) * scale);
+      for (; k < keys; ++k) votes[begin + k] += E::get(weights + k) * scale;
+    }
   }
 }
 

@@ -116,13 +116,13 @@ void bind_plan(nb::module_& m) {
           "add",
           [](Plan& self, int64_t queries, int64_t past, int64_t window, int64_t sinks,
              int layers, const std::vector<std::tuple<uintptr_t, int64_t, int64_t, int64_t>>& runs, Index* index, int64_t end,
-             int64_t budget) {
+             int64_t budget, uintptr_t votes, int64_t votes_stride) {
             std::vector<Run> list;
             for (const auto& [base, capacity, start, last] : runs) list.push_back({at<char>(base), capacity, start, last});
-            self.add(queries, past, window, sinks, layers, std::move(list), index, end, budget);
+            self.add(queries, past, window, sinks, layers, std::move(list), index, end, budget, at<float>(votes), votes_stride);
           },
           "queries"_a, "past"_a, "window"_a, "sinks"_a, "layers"_a, "runs"_a, "index"_a.none(), "end"_a, "budget"_a,
-          nb::keep_alive<1, 8>())
+          "votes"_a, "votes_stride"_a, nb::keep_alive<1, 8>())
       .def("rows_read", &Plan::rows_read)
       .def("capture",
            [](Plan& self, uintptr_t queries, uintptr_t outputs, uintptr_t dense) {

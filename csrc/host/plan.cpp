@@ -57,7 +57,7 @@ Plan::Plan(const Kernels* kernels, Workspace* workspace, Type type, int q_heads,
 }
 
 void Plan::add(int64_t queries, int64_t past, int64_t window, int64_t sinks, int layers, std::vector<Run> runs, Index* index,
-               int64_t end, int64_t budget) {
+               int64_t end, int64_t budget, float* votes, int64_t votes_stride) {
   if (layers < 1 || (layers_ && layers != layers_)) throw std::invalid_argument("Plan.add: sequences of one pass have equal layers");
   int64_t at = 0;
   for (const Run& run : runs) {
@@ -69,6 +69,8 @@ void Plan::add(int64_t queries, int64_t past, int64_t window, int64_t sinks, int
       sinks < 0)
     throw std::invalid_argument("Plan.add: the last run must hold all new rows");
   if (index) check_index(*index, layers, queries, past, end, budget);
+  if (votes && (index || queries > decode_queries || votes_stride < past + queries))
+    throw std::invalid_argument("Plan.add: votes are of a few tokens that read densely, for all rows");
   layers_ = layers;
   runs_.push_back(std::move(runs));
   Sequence s{};
@@ -78,6 +80,8 @@ void Plan::add(int64_t queries, int64_t past, int64_t window, int64_t sinks, int
   s.window = window;
   s.sinks = sinks;
   s.run_count = int32_t(runs_.back().size());
+  s.votes = votes;
+  s.votes_stride = votes_stride;
   sequences_.push_back(s);
   tokens_ += queries;
   plans_.clear();
@@ -238,6 +242,7 @@ void Plan::add_splits(LayerPlan& plan, size_t sequence, SharedSplits& shared) {
   const Splits splits = visible_splits(s, 0, s.queries, plan.layer_window);
   const int64_t count = splits.sinks + splits.end - splits.begin, total = s.past + s.queries;
   plan.slots[sequence] = {plan.slot_count, count, splits.sinks, splits.begin - splits.sinks};
+  plan.voting |= s.votes != nullptr;
   plan.slot_count += count * s.queries * shape_.q_heads;
   for (int64_t n = 0; n < count; ++n) {
     const int64_t part = n < splits.sinks ? n : n - splits.sinks + splits.begin;
@@ -365,6 +370,7 @@ void Plan::run(Attention args, const LayerPlan& plan) {
   args.slots = plan.slots.data();
   const int64_t partials = plan.slot_count * (args.head_dim + 2) * int64_t(sizeof(float));
   args.partials = (float*)workspace_->partials.reserve(partials);
+  if (plan.voting) args.weights = workspace_->weights.reserve(plan.slot_count * split * value_bytes(shape_.type));
   if (plan.certify) {
     const int64_t outputs = int64_t(args.sequence_count) * args.q_heads;
     args.variances = (float*)workspace_->variances.reserve(partials);

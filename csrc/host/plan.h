@@ -23,7 +23,7 @@ class Buffer {
 // Memory that outlives a pass, so that decoding does not allocate. Plans may share one: they take turns, a call at a time.
 struct Workspace {
   std::recursive_mutex turn;
-  Buffer activations, scratch, sparse, partials, variances, fallback;
+  Buffer activations, scratch, sparse, partials, weights, variances, fallback;
 };
 
 class Plan {
@@ -32,9 +32,9 @@ class Plan {
 
   // `runs` hold `layers` layers and cover [0, past + queries) without holes; the last one takes the new rows. window = 0: dense.
   // With an index, the layers it covers read its choice of [begin, end), `budget` tokens a query head, and all rows before and
-  // after. The index must outlive the plan.
+  // after. The index must outlive the plan. votes: Sequence::votes, of up to decode_queries new tokens that read densely.
   void add(int64_t queries, int64_t past, int64_t window, int64_t sinks, int layers, std::vector<Run> runs, Index* index = nullptr,
-           int64_t end = 0, int64_t budget = 0);
+           int64_t end = 0, int64_t budget = 0, float* votes = nullptr, int64_t votes_stride = 0);
 
   // Raises std::invalid_argument for a layer that the sequences do not have.
   void attend(Attention args);
@@ -52,7 +52,7 @@ class Plan {
     int64_t layer_window = 0;
     std::vector<Sequence> sequences;
     std::vector<SparseItem> steps;  // in order of their kinds
-    bool certify = false;
+    bool certify = false, voting = false;
     std::vector<Item> items;  // those that fold come first
     int64_t fold_count = 0;
     std::vector<Span> spans;

@@ -452,6 +452,28 @@ def test_snapkv_keeps_what_the_last_queries_voted_for():
     assert (least >= most - 1e-6).all()
 
 
+@pytest.mark.parametrize("tail", [0, 4])
+def test_snapkv_is_chosen_anew(tail):
+    """By what later tokens have weighed the rows, over all rows up to the window; with a tail over those it had."""
+    case = make(f"snapkv:budget=50,tail={tail}", Heads(6, 2, 16), 500, seed=19)
+    (old,) = case.index.blocks
+    later = make(f"snapkv:budget=50,tail={tail}", Heads(6, 2, 16), 700, seed=19).sequence
+    votes = torch.rand(case.index._slots.__len__(), 2, 720)
+    votes[:, :, 300:305] += 9  # wanted by all
+    case.index.renew(later, votes)
+    (new,) = case.index.blocks
+    assert (new.begin, new.end) == (old.begin, old.end if tail else old.begin + (700 - 64 - old.begin) // 64 * 64)
+    kept = kept_marks(case.index, 0)
+    assert (kept.sum(1) == 50).all()
+    assert kept[:, 300 - new.begin : 305 - new.begin].all()
+    pooled = torch.nn.functional.max_pool1d(votes[case.index.layers[0], :, None, new.begin : new.end], 5, 1, 2)[:, 0]
+    assert (torch.where(kept, pooled, torch.inf).amin(1) >= torch.where(kept, -torch.inf, pooled).amax(1)).all()
+    assert case.index.reading(700).end == new.end
+    assert {name: t.shape[1] for name, t in new.arrays.items() if name != "keep"} == {
+        name: t.shape[1] for name, t in old.arrays.items() if name != "keep"
+    }
+
+
 @sparse_methods
 def test_many_query_heads_to_a_kv_head(text):
     check_step(make(text, Heads(32, 1, 16), 300, seed=20))

@@ -78,6 +78,55 @@ def test_matches_reference(isa, dtype, head_dim):
     check(*run(batch, heads, dtype), dtype)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("layer_window", "head_dim"), [(0, 64), (0, 20), (300, 64), (100, 128)])
+def test_votes(isa, dtype, layer_window, head_dim):
+    """What new tokens weigh each row, summed over them and the query heads of a KV head, beside others that do not
+    vote; a second pass adds to the first."""
+    torch.manual_seed(head_dim)
+    heads, scale = Heads(6, 2, head_dim), head_dim**-0.5
+    shared = [(torch.randn(2, 2, 2, 512, head_dim).to(dtype), 512)]
+    batch = [
+        Cached([300, 7], 3, heads, dtype),
+        Cached([9], 2, heads, dtype, shared=shared),
+        Cached([400], 1, heads, dtype, shared=shared),
+        Cached([600], 40, heads, dtype),
+        Cached([0], 16, heads, dtype),
+    ]
+    voting = [0, 2, 4]
+    votes = {i: torch.zeros(2, 2, batch[i].past + batch[i].new + 3) for i in voting}
+    q, k, v = (torch.randn(sum(s.new for s in batch), n, head_dim).to(dtype) for n in (6, 2, 2))
+    outs = []
+    for counted in (True, True, False):
+        plan = AttentionPlan(heads, dtype, _native.Workspace())
+        for i, s in enumerate(batch):
+            plan.add(s.new, s.past, s.segments, votes=votes.get(i) if counted else None)
+        outs.append(plan.attend(1, q, k, v, scale, layer_window))
+    assert torch.equal(outs[0], outs[2])
+    for i in voting:
+        at, s = sum(other.new for other in batch[:i]), batch[i]
+        keys, total = s.rows(1)[0].double(), s.past + s.new
+        queries = q[at : at + s.new].double().view(s.new, 2, 3, head_dim)
+        scores = torch.einsum("nhgd,hld->hgnl", queries, keys) * scale
+        position, key = torch.arange(s.past, total)[:, None], torch.arange(total)
+        seen = (key <= position) & ((key > position - layer_window) | (layer_window == 0))
+        expected = 2 * scores.masked_fill(~seen, -torch.inf).softmax(-1).sum((1, 2))
+        assert (votes[i][1, :, :total] - expected).abs().max() < TOLERANCE[dtype] * expected.max()
+        assert votes[i][1, :, :total].sum(-1) == pytest.approx(
+            [2 * 3 * s.new] * 2, rel=1e-4 if dtype == torch.float32 else 1e-2
+        )
+        assert not votes[i][0].any()  # another layer
+        assert not votes[i][1, :, total:].any()
+
+
+def test_refused_votes():
+    heads = Heads(4, 2, 16)
+    cached, long = Cached([30], 2, heads, torch.float32), Cached([30], 17, heads, torch.float32)
+    for s, votes in ((cached, torch.zeros(2, 2, 31)), (long, torch.zeros(2, 2, 60)), (cached, torch.zeros(2, 1, 32))):
+        with pytest.raises(ValueError, match="votes"):
+            AttentionPlan(heads, torch.float32, _native.Workspace()).add(s.new, s.past, s.segments, votes=votes)
+
+
 BATCH = [
     ([0], 1),
     ([0], 16),

@@ -5,6 +5,7 @@ import torch
 
 from conftest import byte_tokenizer, tiny_module
 from thresher import LLM, SamplingParams
+from thresher.attention.index import Index
 from thresher.attention.registry import parse_method
 from thresher.errors import CapacityError
 
@@ -86,6 +87,40 @@ def test_drafts_of_its_own(tiny, plain, name, gamma):
     assert sum(long.accepted) > 0
     assert sum(long.gammas) == long.passes < 80
     assert list(long.drafters.values()) == [sum(long.gammas[1:])]
+
+
+def test_a_view_that_is_chosen_once_is_renewed(tiny, monkeypatch):
+    """Every 64 tokens, from what the passes before weighed; all drafts stand here, so those are the answer's tokens.
+    The answer does not change, and nothing of it happens to other views."""
+    seen = []
+
+    def renew(index, sequence, votes):
+        before = index.covered
+        original(index, sequence, votes)
+        keys = sequence.rows(0, sequence.length)[:, 0].double()
+        group = tiny.model.heads.q_heads // keys.shape[1]
+        voters = round(votes[0, 0].sum().item() / group)
+        queries = tiny.runner.recent_queries(sequence, voters).double()  # [layers, n, q_heads, head_dim]
+        scores = torch.einsum("lnhd,lhkd->lhnk", queries, keys.repeat_interleave(group, 1)) * queries.shape[-1] ** -0.5
+        later = torch.arange(sequence.length) > torch.arange(sequence.length - voters, sequence.length)[:, None]
+        weights = scores.masked_fill(later, -torch.inf).softmax(-1).sum(2).unflatten(1, (-1, group)).sum(2)
+        assert votes[:, :, : sequence.length] == pytest.approx(weights, rel=1e-3, abs=1e-4)
+        seen.append((sequence.length, before, index.covered, voters))
+
+    original = Index.renew
+    monkeypatch.setattr(Index, "renew", renew)
+    ids, params = prompts()[3], SamplingParams(max_new_tokens=150, ignore_eos=True)
+    plain = tiny.generate([ids], params, attention="dense", speculate="none")[0][0]
+    everything = f"self:snapkv,budget=5000,{READ},gamma=2"
+    answer = tiny.generate([ids], params, attention="dense", speculate=everything)[0][0]
+    assert answer.token_ids == plain.token_ids
+    assert answer.speculation.accepted == answer.speculation.drafted
+    assert len(seen) == 2
+    assert all(64 * (i + 1) <= length - len(ids) <= 64 * (i + 1) + 6 for i, (length, *_) in enumerate(seen))
+    assert all(after >= before + 64 and 29 <= voters <= 36 for _, before, after, voters in seen)
+    tiny.generate([ids], params, attention="dense", speculate=f"{SELF['sign']},gamma=2")
+    tiny.generate([ids], params, attention=SPARSE_TARGETS[0], speculate="ngram:gamma=2")
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize("gamma", range(1, 9))

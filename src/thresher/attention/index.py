@@ -210,6 +210,20 @@ class Index:
         if target > self.covered:
             self.adopt(self.grown(sequence, target, queries))
 
+    def renew(self, sequence: KVSequence, votes: torch.Tensor) -> None:
+        """Choose anew for a method that chooses once, by what later queries have weighed the rows: float32 `[layers,
+        kv_heads, rows]`, summed (see `AttentionPlan.add`). The block then reaches up to the window again; with a tail
+        not, as the new rows have no clusters."""
+        method = self.method
+        if not isinstance(method, SnapKV) or not self.blocks:
+            return
+        begin, end, arrays = method.sinks, self.covered, self.blocks[0].arrays
+        if not method.tail:
+            end = begin + (sequence.length - method.window - begin) // GROUP * GROUP
+        marks = method.elect(votes[self.layers, :, begin:end].flatten(0, 1), sequence.length)
+        self.blocks = [Block(begin, end, arrays | {"keep": pack_marks(marks)})]
+        self._hand_over()
+
     def reading(self, length: int) -> SparseReading | None:
         """How the next token reads `length` cached ones; None if there is nothing to choose from."""
         begin = self.method.sinks

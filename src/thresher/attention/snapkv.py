@@ -15,7 +15,7 @@ class SnapKV(BudgetMethod):
 
     observe: queries that vote. pool: width of the max-pooling of their votes along the text, odd. One choice for a
     KV head. Rows that are not chosen stay in the cache (they are not read): this measures the choice, not the
-    memory saved.
+    memory saved. As a view for drafts it is chosen anew every 64 tokens, by the weights of the passes that verify.
     """
 
     name: ClassVar[str] = "snapkv"
@@ -54,14 +54,18 @@ class SnapKV(BudgetMethod):
         prompt as `[layers, n, q_heads, head_dim]`."""
         q = queries(self.observe)[layers].float()
         observed, dim = q.shape[1], shape.heads.head_dim
-        planes, n, _ = keys.shape
+        planes = keys.shape[0]
         grouped = q.view(-1, observed, shape.heads.kv_heads, shape.group, dim).permute(0, 2, 3, 1, 4)
         scores = torch.bmm(grouped.reshape(planes, -1, dim), keys.float().transpose(1, 2)) * dim**-0.5
-        votes = scores.softmax(dim=-1).mean(dim=1)
+        return self.elect(scores.softmax(dim=-1).mean(dim=1), context)
+
+    def elect(self, votes: torch.Tensor, context: int) -> torch.Tensor:
+        """bool `[planes, n]` of the keys that are kept, by how much they were attended to: float `[planes, n]`."""
+        n = votes.shape[1]
         width = min(self.pool, 2 * n - 1)  # as far as from one end to the other
         pooled = F.max_pool1d(votes[:, None], width, stride=1, padding=width // 2)[:, 0]
         kept = pooled.topk(min(self.budget_tokens(context), n), dim=-1).indices
-        return torch.zeros(planes, n, dtype=torch.bool).scatter_(1, kept, True)
+        return torch.zeros(votes.shape, dtype=torch.bool).scatter_(1, kept, True)
 
 
 def pack_marks(marks: torch.Tensor) -> torch.Tensor:

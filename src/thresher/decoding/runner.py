@@ -24,7 +24,7 @@ class Work:
 
     method: how the new tokens read the cache, each as if it came alone, None for densely. Prompts are read densely;
     several tokens with a method are a draft that is verified. draft: the token may be taken back, so the sequence's
-    index stays as it is.
+    index stays as it is. votes: see `AttentionPlan.add`.
     """
 
     sequence: KVSequence
@@ -32,6 +32,7 @@ class Work:
     logits: int
     method: AttentionMethod | None = None
     draft: bool = False
+    votes: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Runner:
                 for i, (visibility, sparse) in enumerate(readings):
                     plan.add(1, sequence.length + i, sequence.incoming(i + 1), visibility, sparse)
             else:
-                plan.add(n, sequence.length, sequence.incoming(n))
+                plan.add(n, sequence.length, sequence.incoming(n), votes=work.votes)
             token_ids.extend(work.token_ids)
             positions.extend(range(sequence.length, sequence.length + n))
             logit_rows.extend(range(len(token_ids) - work.logits, len(token_ids)))

@@ -129,7 +129,7 @@ class Scheduler:
             events += self._guarded(sample.request, self._join, sample, decoding)
         drafts = self._draft(decoding)
         reading = self._share_out([(1 + len(d.token_ids), s.sequence.length) for s, d in drafts])
-        works = [Work(s.sequence, [s.pending, *d.token_ids], 1 + len(d.token_ids), s.request.method) for s, d in drafts]
+        works = [self._decoding(sample, draft) for sample, draft in drafts]
         for prompt, n in reading:
             chunk = prompt.request.token_ids[prompt.done : prompt.done + n]
             works.append(Work(prompt.sequence, chunk, self._wanted(prompt, n)))
@@ -347,6 +347,11 @@ class Scheduler:
         made = self._speculator.drafts(list(turns.values())) if turns else []
         drafts = dict(zip(turns, made, strict=True))
         return [(sample, drafts.get(sample, Draft())) for sample in decoding]
+
+    def _decoding(self, sample: Sample, draft: Draft) -> Work:
+        token_ids = [sample.pending, *draft.token_ids]
+        votes = self._speculator.votes(sample.speculating, len(token_ids)) if sample.speculating else None
+        return Work(sample.sequence, token_ids, len(token_ids), sample.request.method, votes=votes)
 
     def _choose(self, ready: list[_Ready], begin: float | None) -> list[Event]:
         """The next tokens of each sample from its logits, judging its draft. begin: of a pass of these alone."""

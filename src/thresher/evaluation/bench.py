@@ -92,6 +92,16 @@ class Thresher:
         return weights_cost(shape, batch) + rest.times(batch)
 
 
+def long_context(
+    llm: LLM, length: int, text: str | None, synthetic_above: int | None, progress: Progress
+) -> KVSequence:
+    """A sequence of `length` tokens of `prompt`; beyond `synthetic_above` tokens of `synthetic_cache`."""
+    progress(f"{length} tokens: reading the prompt")
+    real = min(length, synthetic_above or length)
+    sequence = prefill(llm, prompt(llm, real, text))
+    return synthetic_cache(sequence, length) if real < length else sequence
+
+
 def own_copies(sequence: KVSequence, batch: int) -> list[KVSequence]:
     """`batch` sequences with the same tokens, each with rows of its own."""
     copies = [sequence]
@@ -157,11 +167,7 @@ def bench_decode(
         others.append(make())
     shape = llm.runner.shape
     for context in contexts:
-        progress(f"{context} tokens: reading the prompt")
-        real = min(context, synthetic_above or context)
-        base = prefill(llm, prompt(llm, real, text))
-        if real < context:
-            base = synthetic_cache(base, context)
+        base = long_context(llm, context, text, synthetic_above, progress)
         for batch in batches:
             own = [Thresher(llm, method) for method in methods]
             copies = own_copies(base, batch)

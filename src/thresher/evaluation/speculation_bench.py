@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,10 @@ from thresher.decoding.sampling import SamplingParams
 from thresher.engine.llm import LLM
 from thresher.engine.requests import Request
 from thresher.engine.scheduler import Scheduler
-from thresher.evaluation.bench import own_copies, prompt, synthetic_cache
-from thresher.evaluation.teacher import prefill
+from thresher.evaluation.bench import long_context, own_copies
 from thresher.machine.profile import median_seconds
 from thresher.speculation.settings import Speculation
-from thresher.speculation.speculator import AUTO, VIEWS, SpeculationStats
+from thresher.speculation.speculator import AUTO, NGRAM, TARGET, VIEWS, SpeculationStats
 
 APART = 37  # tokens by which the contexts of a batch differ, so that their answers do
 
@@ -74,11 +73,7 @@ def bench_speculation(
     synthetic_above: longer contexts are filled by `synthetic_cache` from a prompt of this many tokens.
     """
     for context in contexts:
-        progress(f"{context} tokens: reading the prompt")
-        real = min(context, synthetic_above or context)
-        base = prefill(llm, prompt(llm, real, text))
-        if real < context:
-            base = synthetic_cache(base, context)
+        base = long_context(llm, context, text, synthetic_above, progress)
         for batch in batches:
             starts = [_Start(s.fork(), context - 1 - APART * i) for i, s in enumerate(own_copies(base, batch))]
             for temperature in temperatures:
@@ -121,20 +116,18 @@ def _compare(
     listed: list[Speculation | None] = [None, *settings]
     schedulers = [llm.scheduler() for _ in listed]
     runs: list[list[_Run]] = [[] for _ in listed]
+    times = _PassTimes(llm, starts)
     for turn in range(rounds):
         order = list(range(len(listed)))
         for i in order if turn % 2 == 0 else reversed(order):
             progress(f"{context} tokens x {len(starts)}, turn {turn + 1}: {listed[i] or 'plain'}")
             runs[i].append(_generate(schedulers[i], llm, starts, temperature, listed[i], tokens))
-    times = _PassTimes(llm, starts)
+            times.measure(listed[i], *_passes(runs[i][-1].stats))
     plain = runs[0]
     for setting, own in zip(listed, runs, strict=True):
         merged = [s for run in own for s in run.stats]
         drafted, accepted = (_summed([getattr(s, name) for s in merged]) for name in ("drafted", "accepted"))
-        gammas = _summed([s.gammas for s in merged])
-        drafters = {
-            name: sum(s.drafters.get(name, 0) for s in merged) for name in {n for s in merged for n in s.drafters}
-        }
+        gammas, drafters = _passes(merged)
         passes = sum(gammas)
         produced = sum(len(t) - 1 for run in own for t in run.tokens)
         yield SpeculationTiming(
@@ -144,7 +137,7 @@ def _compare(
             temperature=temperature,
             tokens_per_second=statistics.median(run.rate for run in own),
             speedup=statistics.median(run.rate / other.rate for run, other in zip(own, plain, strict=True)),
-            predicted=times.predicted(setting, gammas, drafters, produced / passes) if passes else 1.0,
+            predicted=times.predicted(gammas, drafters, produced / passes) if passes else 1.0,
             tokens_per_pass=produced / passes if passes else 1.0,
             acceptance=[a / d for a, d in zip(accepted, drafted, strict=True)],
             gammas=gammas,
@@ -186,60 +179,61 @@ def _generate(
 
 
 class _PassTimes:
-    """Seconds of single passes over the same sequences, each measured once."""
+    """Seconds of single passes over the same sequences, measured a few times within each turn."""
 
     def __init__(self, llm: LLM, starts: Sequence[_Start]) -> None:
         self._llm = llm
         self._starts = starts
-        self._known: dict[tuple[str, int], float] = {}
+        self._known: dict[tuple[str, int], list[float]] = {}  # (maker, new tokens of each sequence)
 
-    def predicted(
-        self, setting: Speculation | None, gammas: Sequence[int], drafters: dict[str, int], tokens_per_pass: float
-    ) -> float:
+    def measure(self, setting: Speculation | None, gammas: Sequence[int], drafters: Mapping[str, int]) -> None:
+        """The passes that a run has had: drafts of these lengths by these makers."""
+        for tokens in {1, *(gamma + 1 for gamma, count in enumerate(gammas) if count)}:
+            forks = [start.sequence.fork() for start in self._starts]
+            self._time(TARGET, tokens, self._llm.runner, forks, None)
+        for drafter in drafters:
+            if drafter in self._llm.draft_models:
+                model = self._llm.draft_models[drafter]
+                forks = [sequence.fork() for sequence in model.sequences()[-len(self._starts) :]]
+                self._time(drafter, 1, model.runner, forks, model.method)
+            elif drafter != NGRAM:
+                method = setting.method if setting and setting.drafter == "self" else None
+                method = method or next(view for view in VIEWS if drafter == f"self:{view}")
+                forks = [start.ready(self._llm, method).fork() for start in self._starts]
+                self._time(drafter, 1, self._llm.runner, forks, method)
+
+    def predicted(self, gammas: Sequence[int], drafters: Mapping[str, int], tokens_per_pass: float) -> float:
         """Speed-up of passes whose drafts had these lengths and makers."""
-        plain = self._target(1)
         drafting = sum(drafters.values())
-        seconds = 0.0
-        for gamma, count in enumerate(gammas):
-            if not count:
-                continue
-            seconds += count * self._target(gamma + 1)
-            for drafter, share in drafters.items() if gamma else ():
-                seconds += count * gamma * share / drafting * self._draft(setting, drafter)
-        return tokens_per_pass * plain / (seconds / sum(gammas))
+        a_draft = sum(n * self._median(name, 1) for name, n in drafters.items() if name != NGRAM) / max(drafting, 1)
+        seconds = sum(
+            count * (self._median(TARGET, gamma + 1) + gamma * a_draft) for gamma, count in enumerate(gammas) if count
+        )
+        return tokens_per_pass * self._median(TARGET, 1) / (seconds / sum(gammas))
 
-    def _target(self, tokens: int) -> float:
-        forks = [start.sequence.fork() for start in self._starts]
-        return self._pass("target", tokens, self._llm.runner, forks, None)
+    def _median(self, maker: str, tokens: int) -> float:
+        return statistics.median(self._known[maker, tokens])
 
-    def _draft(self, setting: Speculation | None, drafter: str) -> float:
-        if drafter == "ngram":
-            return 0.0
-        if drafter in self._llm.draft_models:
-            model = self._llm.draft_models[drafter]
-            forks = [sequence.fork() for sequence in model.sequences()[-len(self._starts) :]]
-            return self._pass(drafter, 1, model.runner, forks, model.method)
-        method = setting.method if setting and setting.drafter == "self" else None
-        method = method or next(view for view in VIEWS if drafter == f"self:{view}")
-        forks = [start.ready(self._llm, method).fork() for start in self._starts]
-        return self._pass(drafter, 1, self._llm.runner, forks, method)
-
-    def _pass(
+    def _time(
         self, maker: str, tokens: int, runner: Runner, forks: list[KVSequence], method: AttentionMethod | None
-    ) -> float:
-        if (maker, tokens) not in self._known:
-            lengths = [s.length for s in forks]
-            for fork in forks:
-                fork.reserve(tokens, exact=True)
+    ) -> None:
+        lengths = [s.length for s in forks]
+        for fork in forks:
+            fork.reserve(tokens, exact=True)
 
-            def run() -> None:
-                works = [Work(s, [7] * tokens, tokens, method, draft=maker != "target") for s in forks]
-                runner.run(works).argmax(dim=-1)
-                for s, n in zip(forks, lengths, strict=True):
-                    s.crop(n)
+        def run() -> None:
+            works = [Work(s, [7] * tokens, tokens, method, draft=maker != TARGET) for s in forks]
+            runner.run(works).argmax(dim=-1)
+            for s, n in zip(forks, lengths, strict=True):
+                s.crop(n)
 
-            self._known[maker, tokens] = median_seconds(run, 5)
-        return self._known[maker, tokens]
+        self._known.setdefault((maker, tokens), []).append(median_seconds(run, 3))
+
+
+def _passes(stats: Sequence[SpeculationStats]) -> tuple[list[int], dict[str, int]]:
+    """Passes by the length of their draft, and by who drafted."""
+    drafters = {name: sum(s.drafters.get(name, 0) for s in stats) for name in {n for s in stats for n in s.drafters}}
+    return _summed([s.gammas for s in stats]), drafters
 
 
 def _summed(rows: Sequence[Sequence[int]]) -> list[int]:

@@ -47,7 +47,7 @@ class AttentionPlan:
         self.heads = heads
         self.dtype = dtype
         self.tokens = 0
-        self._segments: list[torch.Tensor] = []  # kept alive, as the native plan has their addresses
+        self._segments: list[torch.Tensor] = []  # and votes, kept alive, as the native plan has their addresses
         self._threads = threads()
         self.native = _native.Plan(
             kernel_set(),
@@ -66,12 +66,14 @@ class AttentionPlan:
         segments: list[tuple[torch.Tensor, int]],
         visibility: Visibility | None = None,
         sparse: SparseReading | None = None,
+        votes: torch.Tensor | None = None,
     ) -> None:
         """A sequence of `past` cached tokens and `queries` new ones (one if it is read sparsely).
 
         segments: `(data [layers, 2, kv_heads, capacity, head_dim], used rows)` in order of position; the used rows of
-        the last one count the new tokens, whose keys and values `attend` writes there. Raises ValueError if a segment
-        is that of another model: of other heads, dtype or number of layers.
+        the last one count the new tokens, whose keys and values `attend` writes there. votes: float32 `[layers,
+        kv_heads, rows]` that `attend` adds to how much the new tokens' query heads weigh each row, for at most 16 that
+        read densely. Raises ValueError if a segment is that of another model: other heads, dtype or number of layers.
         """
         runs = []
         start = 0
@@ -88,7 +90,15 @@ class AttentionPlan:
             start += used
         window, sinks = (visibility.window, visibility.sinks) if visibility else (0, 0)
         index, end, budget = (sparse.index, sparse.end, sparse.budget) if sparse else (None, 0, 0)
-        self.native.add(queries, past, window, sinks, layers, runs, index, end, budget)
+        voted, rows = 0, 0
+        if votes is not None:
+            if votes.dtype != torch.float32 or votes.shape[:2] != (layers, heads.kv_heads) or not votes.is_contiguous():
+                raise ValueError(
+                    f"votes {votes.dtype} {tuple(votes.shape)}: need float32 [{layers}, {heads.kv_heads}, rows]"
+                )
+            voted, rows = votes.data_ptr(), votes.shape[2]
+            self._segments.append(votes)
+        self.native.add(queries, past, window, sinks, layers, runs, index, end, budget, voted, rows)
         self._segments.extend(data for data, _ in segments)
         self.tokens += queries
 

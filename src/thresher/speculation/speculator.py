@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
+
 from thresher.attention.base import AttentionMethod
 from thresher.attention.index import Index
 from thresher.attention.registry import parse_method
@@ -35,6 +37,8 @@ VIEWS = (AUTO, WINDOW)
 PRIORS = {f"self:{AUTO}": (0.9,), f"self:{WINDOW}": (0.75,), NGRAM: (0.3, 0.6)}  # of acceptance, of others 0.6
 _OTHERS = (0.6,)
 _FIRST = 1.9  # drafts of a maker that nothing is known of: two, the first counting a little less
+RENEW = 64  # tokens after which a view that is chosen once is chosen anew, by the last half of them
+_MOST_VOTERS = 16  # tokens of a pass that votes are taken from
 _SHADOW = 4  # tokens that are looked up only to see whether they would have been right
 
 
@@ -70,6 +74,8 @@ class Speculating:
     steps: int = 0  # since drafts began or ended
     broken: set[str] = field(default_factory=set)  # makers of drafts that have failed
     current: str = ""  # who made the draft that is being verified
+    renewed: int = 0  # length of the sequence when its view was chosen
+    votes: torch.Tensor | None = None
     shadow: list[int] = field(default_factory=list)
     hits: int = 0
     passes: int = 0
@@ -119,7 +125,7 @@ class Speculator:
     ) -> Speculating:
         """A sample begins."""
         lookup = Lookup(settings.ngram) if settings.drafter in ("auto", "ngram") else None
-        return Speculating(settings, sequence, state, target, matching, ends, lookup)
+        return Speculating(settings, sequence, state, target, matching, ends, lookup, renewed=sequence.length)
 
     def end(self, sample: Speculating) -> list[KVSequence]:
         """A sample has ended. Returns the sequences of draft models that are kept for the next ones."""
@@ -134,6 +140,8 @@ class Speculator:
 
     def drafts(self, turns: Sequence[Turn]) -> list[Draft]:
         """A draft for each sample, an empty one where none pays or none is ready. Sequences are as they were."""
+        for turn in turns:
+            self._renew(turn.sample)
         self._plan(turns)
         drafts = [Draft() for _ in turns]
         asked: dict[str, list[tuple[int, int]]] = {}  # maker -> (place, tokens)
@@ -178,6 +186,26 @@ class Speculator:
                 for acceptance in self._acceptances(sample, sample.current):
                     acceptance.observe(verdict.chances)
             self._compare_shadow(sample, [c.token for c in verdict.choices if not isinstance(c, Exception)])
+
+    def votes(self, sample: Speculating, tokens: int) -> torch.Tensor | None:
+        """What a pass that verifies so many tokens adds the weights of all rows to (`Work.votes`), if the sample's view
+        is to be chosen anew before long: they are computed in any case."""
+        index, length = sample.sequence.index, sample.sequence.length
+        fixed = isinstance(index, Index) and bool(index.blocks) and not index.method.grows
+        if not fixed or isinstance(sample.target, SparseMethod) or length < sample.renewed + RENEW // 2:
+            return None
+        if sample.votes is None:
+            layout = sample.sequence.layout
+            sample.votes = torch.zeros(layout.layers, layout.kv_heads, length + 2 * RENEW)
+        return sample.votes if tokens <= _MOST_VOTERS and length + tokens <= sample.votes.shape[2] else None
+
+    def _renew(self, sample: Speculating) -> None:
+        index, length = sample.sequence.index, sample.sequence.length
+        if sample.votes is None or length < sample.renewed + RENEW:
+            return
+        if isinstance(index, Index) and sample.votes.isfinite().all():
+            index.renew(sample.sequence, sample.votes)
+        sample.votes, sample.renewed = None, length
 
     def sequences(self) -> list[KVSequence]:
         """Of draft models."""
