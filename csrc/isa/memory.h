@@ -8,13 +8,14 @@ THRESHER_ISA_BEGIN
 inline int64_t padded(int64_t n) { return (n + panel - 1) / panel * panel; }
 
 // Packing is where memory is waited for, and its order of reads is not one that processors foresee: ask for what lies
-// some rows further on. Rows mostly follow each other; past the end of a run this asks in vain and does no harm.
+// some rows further on. Rows mostly follow each other; past the end of a run this asks in vain and does no harm. It is asked into
+// the second cache: the first has fewer places for what is on its way, and none to spare for what comes that much later.
 constexpr int64_t prefetch_distance = 8192;
 inline void prefetch(const char* from, int64_t bytes) {
   const char* end = from + bytes;
   for (; from < end; from += 128) {
-    __builtin_prefetch(from);
-    __builtin_prefetch(from + 64);
+    __builtin_prefetch(from, 0, 2);
+    __builtin_prefetch(from + 64, 0, 2);
   }
 }
 

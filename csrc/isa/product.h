@@ -18,13 +18,14 @@ constexpr int tile_vectors(int rows, int panels) {
   return vectors;
 }
 
-// Whether tiles of so many rows ask for memory while they are computed.
-constexpr bool asks_ahead(int rows) { return tile_vectors(rows, 1) * W < panel; }
+// Whether tiles of so many rows ask for memory while they are computed: if they pass a panel several times, and with wide vectors,
+// whose instructions are so few that a processor would see far enough ahead by itself, but so long that it does not.
+constexpr bool asks_ahead(int rows) { return W == 16 || tile_vectors(rows, 1) * W < panel; }
 
 // c[rows, 32 * panels] = a[rows, steps packs] @ packed panels, `b_stride` values apart (`onto`: += ). Every output is one
 // chain of dp in the order of the packs, however many rows and panels are computed together, so results do not depend
 // on the batch. A few rows take two panels at once: one alone would wait for its own chains. As much memory as the panels take is
-// asked for from `ahead` on if they are passed several times: meanwhile it would rest.
+// asked for from `ahead` on if `asks_ahead`: meanwhile it would rest.
 template <class E, int R, int P>
 inline void tile(const typename E::Value* a, int64_t a_stride, const typename E::Weight* b, int64_t b_stride,
                  int64_t steps, float* c, int64_t c_stride, bool onto, const char* ahead) {
@@ -39,8 +40,11 @@ inline void tile(const typename E::Value* a, int64_t a_stride, const typename E:
 #pragma GCC unroll 8
           for (int v = 0; v < V; ++v) acc[p][r][v] = load<vf>(c + r * c_stride + p * panel + column + v * W);
     const typename E::Weight* w = b + column * E::pack;
-    for (int64_t s = 0; s < steps; ++s, w += panel * E::pack, ahead += V * W * E::pack * sizeof(*w)) {
-      if (asks_ahead(R)) __builtin_prefetch(ahead);
+    constexpr int64_t step_bytes = V * W * E::pack * sizeof(*w);
+    for (int64_t s = 0; s < steps; ++s, w += panel * E::pack, ahead += step_bytes) {
+      if (asks_ahead(R))
+        for (int p = 0; p < P; ++p)
+          for (int64_t line = 0; line < step_bytes; line += 64) __builtin_prefetch(ahead + p * steps * step_bytes + line, 0, W == 16 ? 2 : 3);
 #pragma GCC unroll 2
       for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 2
@@ -80,13 +84,14 @@ inline void tile(const typename E::Value* a, int64_t a_stride, const typename E:
 }
 
 // Any number of rows up to tile_rows, any number of panels whose outputs lie side by side. `ahead`: what is read next,
-// by default the panel behind the first.
+// by default the panels behind the first ones.
 template <class E, int R = tile_rows>
 inline void tiles(int rows, const typename E::Value* a, int64_t a_stride, const typename E::Weight* b,
                   int64_t b_stride, int panels, int64_t steps, float* c, int64_t c_stride, bool onto = false,
                   const void* ahead = nullptr) {
   if (rows == R) {
-    const char* next = ahead ? (const char*)ahead : (const char*)(b + b_stride);
+    constexpr int together = R * 2 * (panel / W) <= accumulators ? 2 : 1;
+    const char* next = ahead ? (const char*)ahead : (const char*)(b + together * b_stride);
     const int64_t panel_bytes = steps * panel * E::pack * int64_t(sizeof *b);
     int p = 0;
     if constexpr (R * 2 * (panel / W) <= accumulators)

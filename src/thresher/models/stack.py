@@ -42,7 +42,7 @@ class Stack:
             tables[kind] = cos[0].to(x.dtype).contiguous(), sin[0].to(x.dtype).contiguous()
         for layer, kind in zip(self.layers, self.kinds, strict=True):
             layer.run_(x, *tables[kind], plan)
-        logits: torch.Tensor = self.head(self.norm(x[logit_rows]))
+        logits: torch.Tensor = self.head(self.norm(x.index_select(0, logit_rows)))
         return logits.float()
 
 
