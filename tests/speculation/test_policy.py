@@ -42,6 +42,25 @@ def cases(pasts, rates, most=MOST_CHOSEN):
     return [Case(past, None, None, most, [r] * MOST_CHOSEN) for past, r in zip(pasts, rates, strict=True)]
 
 
+@pytest.mark.parametrize("drafting", [2, 3, 4, 6])
+def test_passes_of_which_some_have_no_draft_are_learned(drafting):
+    """Of eight sequences only some ever find something to look up: what such passes take is known all the same, and if
+    it does not pay, nothing is looked up any more."""
+    chunks = [Chunk(2 if i < drafting else 1, 2000) for i in range(8)]
+    plain = [Chunk(1, 2000)] * 8
+    clock = Clock(SHAPE, {})
+    for _ in range(20):
+        clock.observe("target", plain, 0.030)
+    for _ in range(40):
+        clock.observe("target", chunks, 0.040)
+    assert clock.seconds("target", chunks) == pytest.approx(0.040, rel=0.1)
+    assert clock.seconds("target", plain) < 0.036
+    looked_up = [Case(2000, None, None, 1 if i < drafting else 0, [0.3] * MOST_CHOSEN) for i in range(8)]
+    assert best_plan(clock, None, looked_up).gammas == [0] * 8
+    sure = [Case(2000, None, None, 1 if i < drafting else 0, [1.0] * MOST_CHOSEN) for i in range(8)]
+    assert (sum(best_plan(clock, None, sure).gammas) > 0) == (drafting > 2)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.81, 0.95, 1.0])
 @pytest.mark.parametrize("gamma", [0, 1, 4, 8])
 def test_tokens_of_a_step(alpha, gamma):

@@ -128,7 +128,7 @@ def test_acceptance_is_the_overlap():
         state = state_of(params, i)
         token = min(int(np.searchsorted(q.cumsum(), state.uniform(stream=Stream.DRAFT), side="right")), VOCAB - 1)
         draft = Draft([token], [q.astype(np.float32)])
-        tokens, chances = rejected(state, draft, np.stack([p, p]).astype(np.float32))
+        tokens, chances = rejected(state, draft, p[None].astype(np.float32), 0)
         stood.append(len(tokens) == 2)
     overlap = np.minimum(p, q).sum()
     assert chances[0] == pytest.approx(overlap, abs=1e-6)
@@ -142,7 +142,7 @@ def test_equal_distributions_always_stand():
         state = state_of(params, i)
         u = state.uniform(stream=Stream.DRAFT)
         token = int(np.searchsorted(weights.cumsum(), u * weights.sum(), side="right"))
-        tokens, _ = rejected(state, Draft([token], [weights]), np.stack([weights, weights]))
+        tokens, _ = rejected(state, Draft([token], [weights]), weights[None], 0)
         assert len(tokens) == 2
         assert tokens[0] == token
 

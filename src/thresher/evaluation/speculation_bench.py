@@ -46,14 +46,9 @@ class SpeculationTiming:
 
 @dataclass(frozen=True)
 class _Run:
-    seconds: float
+    rate: float  # tokens a second
     tokens: list[list[int]]
     stats: list[SpeculationStats]
-
-    @property
-    def rate(self) -> float:
-        """Tokens a second; the first of each answer comes with the prompt."""
-        return sum(len(t) - 1 for t in self.tokens) / self.seconds
 
 
 def bench_speculation(
@@ -154,7 +149,8 @@ def _generate(
     setting: Speculation | None,
     tokens: int,
 ) -> _Run:
-    """Every sequence goes on from its last token; timed from when all have begun."""
+    """Every sequence goes on from its last token; timed while all of them run, as in an engine where others wait: with
+    drafts they end at different times."""
     params = SamplingParams(max_new_tokens=tokens, temperature=temperature, ignore_eos=True)
     ids = [llm.engine.new_id() for _ in starts]
     for number, (id, start) in enumerate(zip(ids, starts, strict=True)):
@@ -162,7 +158,9 @@ def _generate(
         scheduler.add(Request(id, [start.last], params, base, Dense(), setting, number))
     found: dict[int, list[int]] = {id: [] for id in ids}
     stats: list[SpeculationStats] = []
-    begin, before = 0.0, 0
+    begin = end = 0.0
+    before = after = 0
+    ended = False
     while scheduler.busy:
         for event in scheduler.step():
             if event.error:
@@ -171,11 +169,13 @@ def _generate(
                 found[event.request].append(event.choice.token)
             if event.speculation:
                 stats.append(event.speculation)
+            ended = ended or event.finish_reason is not None
+        produced = sum(len(t) for t in found.values())
         if not begin and all(found.values()):
-            begin, before = time.perf_counter(), sum(len(t) - 1 for t in found.values())
-    seconds = time.perf_counter() - begin
-    produced = sum(len(t) - 1 for t in found.values())
-    return _Run(seconds * produced / max(produced - before, 1), list(found.values()), stats)
+            begin, before = time.perf_counter(), produced
+        if not end and ended:
+            end, after = time.perf_counter(), produced
+    return _Run((after - before) / (end - begin), list(found.values()), stats)
 
 
 class _PassTimes:
@@ -198,7 +198,7 @@ class _PassTimes:
                 self._time(drafter, 1, model.runner, forks, model.method)
             elif drafter != NGRAM:
                 method = setting.method if setting and setting.drafter == "self" else None
-                method = method or next(view for view in VIEWS if drafter == f"self:{view}")
+                method = method or VIEWS[drafter]
                 forks = [start.ready(self._llm, method).fork() for start in self._starts]
                 self._time(drafter, 1, self._llm.runner, forks, method)
 

@@ -24,7 +24,7 @@ PROBE = 96  # steps without drafts after which one is tried, and with drafts aft
 PROBE_GAMMA = 2
 _NOMINAL = MachineProfile(threads=1, read=20e9, matmul=200e9)  # what is expected where nothing was measured
 _WEIGHT = 0.25  # of a new pass in the running correction
-_MIXED = 0.2  # a pass whose sequences have this much more or fewer tokens each, on average, is of no kind
+_MIXED = 0.2  # a pass whose sequences have this much more or fewer tokens each, on average, is between two kinds
 _UNSEEN = 0.25  # of a pass that another token of each sequence is taken to cost, until a longer one was measured
 _OUTLIER = 3.0  # a pass that took this much longer than expected counts only as much longer
 _LIKELY = 0.5  # a token that is drafted rightly so often is worth its time beside others that are worth theirs
@@ -44,8 +44,9 @@ class Clock:
     """Learns how long passes take: a nominal time by their cost, corrected by the passes of the same kind there were.
 
     A kind is who makes the pass, how many sequences it has, to a power of two, and how many new tokens each; between
-    the numbers of tokens that were measured corrections are interpolated, beyond them they stay. Longer passes are
-    taken to cost more until one was measured: to believe that they are nearly free would be dear where they are not.
+    the numbers of tokens that were measured corrections are interpolated, beyond them they stay. A pass between two
+    kinds, as some of its sequences found nothing to draft, corrects that of more tokens. Longer passes are taken to
+    cost more until one was measured: to believe that they are nearly free would be dear where they are not.
     """
 
     def __init__(self, shape: ModelShape, others: Mapping[str, ModelShape]) -> None:
@@ -61,15 +62,16 @@ class Clock:
 
     def observe(self, maker: str, chunks: Sequence[Chunk], seconds: float) -> None:
         """A pass took so long."""
-        known, kind = self._corrections.setdefault(maker, {}), _kind(chunks)
-        if abs(sum(c.new for c in chunks) / len(chunks) - kind[0]) > _MIXED:
-            return
+        known, batch = self._corrections.setdefault(maker, {}), len(chunks).bit_length()
+        tokens = sum(c.new for c in chunks) / len(chunks)
         measured = seconds / self._nominal(maker, chunks)
-        if kind in known:
-            measured = min(measured, _OUTLIER * known[kind])
-            known[kind] += _WEIGHT * (measured - known[kind])
-        else:
-            known[kind] = measured
+        longer, share = _kind(tokens)
+        for n in {longer, math.floor(tokens)}:
+            if (n, batch) not in known:
+                known[n, batch] = self._correction(maker, n, batch) if known and share < 1 else measured
+        expected = share * known[longer, batch] + (1 - share) * known[math.floor(tokens), batch]
+        error = min(measured, _OUTLIER * expected) - expected
+        known[longer, batch] += _WEIGHT * error * min(1 / share, 2.0)
 
     def measured(self, maker: str, tokens: int | None = None) -> bool:
         """Whether any pass of this maker was, or one with so many tokens of each sequence."""
@@ -86,20 +88,25 @@ class Clock:
 
     def _nominal(self, maker: str, chunks: Sequence[Chunk]) -> float:
         shape = self._shapes.get(maker, self._shape)
-        attention = Cost(0, 0)
+        attention, dense = Cost(0, 0), dict[int, float]()  # new tokens -> rows of all sequences with so many
         for c in chunks:
-            attention += (
-                attention_cost(shape, c.past + c.new / 2, c.new)
-                if c.method is None
-                else c.method.cost(shape, c.past).times(c.new)
-            )
+            if c.method is None:
+                dense[c.new] = dense.get(c.new, 0) + c.past + c.new / 2
+            else:
+                attention += c.method.cost(shape, c.past).times(c.new)
+        for new, rows in dense.items():
+            attention += attention_cost(shape, rows, new)
         weights = weights_cost(shape, sum(c.new for c in chunks))
         return _NOMINAL.seconds(weights) + _NOMINAL.seconds(attention)
 
 
-def _kind(chunks: Sequence[Chunk]) -> tuple[int, int]:
-    """Tokens of each sequence, and the number of sequences to a power of two."""
-    return round(sum(c.new for c in chunks) / len(chunks)), len(chunks).bit_length()
+def _kind(tokens: float) -> tuple[int, float]:
+    """The kind that a pass of so many tokens for each sequence corrects, and how much of the pass is of it; the rest is
+    of the kind with one token less."""
+    low = math.floor(tokens)
+    if abs(tokens - round(tokens)) <= _MIXED:
+        return round(tokens), 1.0
+    return low + 1, tokens - low
 
 
 @dataclass

@@ -33,13 +33,13 @@ TARGET, NGRAM = "target", "ngram"
 AUTO, WINDOW = parse_method("auto"), parse_method("streaming:window=512")
 # Views of the cache that "auto" has for the model's own drafts: the best that is known if a document's index is there
 # for it, and one that needs no index, which to build would cost more than most answers gain.
-VIEWS = (AUTO, WINDOW)
+VIEWS = {f"self:{view}": view for view in (AUTO, WINDOW)}
 PRIORS = {f"self:{AUTO}": (0.9,), f"self:{WINDOW}": (0.75,), NGRAM: (0.3, 0.6)}  # of acceptance, of others 0.6
 _OTHERS = (0.6,)
 _FIRST = 1.9  # drafts of a maker that nothing is known of: two, the first counting a little less
 RENEW = 64  # tokens after which a view that is chosen once is chosen anew, by the last half of them
 _MOST_VOTERS = 16  # tokens of a pass that votes are taken from
-_SHADOW = 4  # tokens that are looked up only to see whether they would have been right
+_SHADOW = 4  # tokens that are looked up only to see whether they would have been right, after as many passes
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Speculating:
     lookup_gamma: int = 0
     lookup_first: bool = False
     steps: int = 0  # since drafts began or ended
+    patience: int = PROBE  # of these until it is asked again whether to try one
     broken: set[str] = field(default_factory=set)  # makers of drafts that have failed
     current: str = ""  # who made the draft that is being verified
     renewed: int = 0  # length of the sequence when its view was chosen
@@ -236,12 +237,12 @@ class Speculator:
         if isinstance(sample.target, SparseMethod):
             return found
         index = sample.sequence.index
-        for view in VIEWS:
+        for name, view in VIEWS.items():
             if seen := view.visibility():
                 pays = sample.sequence.length > 2 * seen.window
             else:
                 pays = turn.indexed and isinstance(index, Index) and bool(index.blocks) and index.serves(view)
-            found += [f"self:{view}"] if pays else []
+            found += [name] if pays else []
         return found
 
     def _chosen(self, turn: Turn) -> tuple[str | None, int]:
@@ -267,15 +268,16 @@ class Speculator:
             return False
         if maker not in self._known or self._known[maker].drafts < _FIRST:
             return True
-        if sample.steps < PROBE:
+        if sample.steps < sample.patience:
             return False
         # If not even drafts that are always right paid, only the times may have changed.
         case = self._case(turn, maker)
         sure = Case(case.past, case.target, case.drafting, case.most, [1.0] * MOST_CHOSEN)
         hopeless = best_plan(self.clock, maker, [sure]).gammas == [0]
         if hopeless and sample.steps < 8 * PROBE:
+            sample.patience = sample.steps + PROBE
             return False
-        sample.steps = 0
+        sample.steps, sample.patience = 0, PROBE
         return True
 
     def _plan(self, turns: Sequence[Turn]) -> None:
@@ -304,7 +306,7 @@ class Speculator:
             if gamma:
                 rates[turn.sample] = rate
             if (gamma > 0) != (turn.sample.gamma > 0):
-                turn.sample.steps = 0
+                turn.sample.steps, turn.sample.patience = 0, PROBE
             turn.sample.maker, turn.sample.gamma = maker or None, gamma
         self._plan_lookups(free, rates)
 
@@ -339,7 +341,7 @@ class Speculator:
             return self._models[drafter].method
         if sample.settings.drafter == "self":
             return sample.settings.method
-        return next((view for view in VIEWS if drafter == f"self:{view}"), None)
+        return VIEWS.get(drafter)
 
     def _acceptances(self, sample: Speculating, drafter: str) -> list[Acceptance]:
         """Of the sample, and of all; a sample begins with what is known of the others."""
@@ -393,7 +395,7 @@ class Speculator:
     def _begin_shadow(self, turn: Turn) -> None:
         """Look up what may come, to see how often that is right where it is not used."""
         sample = turn.sample
-        if sample.lookup and sample.settings.gamma is None and not sample.shadow:
+        if sample.lookup and sample.settings.gamma is None and not sample.shadow and sample.passes % _SHADOW == 0:
             sample.shadow = sample.lookup.draft(sample.sequence.token_ids, turn.pending, _SHADOW).token_ids
             sample.hits = 0
 

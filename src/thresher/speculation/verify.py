@@ -4,7 +4,8 @@ Two ways lead there. `matched`: the target's own token is drawn at each position
 decoding draws it with, and the draft stands as far as it is the same; greedily, or with a seed, the answer is then that
 of plain decoding, token for token. `rejected`: speculative sampling (Leviathan et al., arXiv 2211.17192; Chen et al.,
 arXiv 2302.01318), which accepts more: a token drawn from q stands with probability min(1, p / q), and the first that
-falls is replaced by one from what p has more than q.
+falls is replaced by one from what p has more than q. For a token that was not drawn at random (q is all on it) the two
+are one: it stands with probability p, and otherwise the target's own draw is from p without it.
 """
 
 from collections.abc import Sequence
@@ -23,8 +24,8 @@ Weights = npt.NDArray[np.float32]
 
 @dataclass
 class Draft:
-    """Tokens that may come next. weights: what each was drawn in proportion to, `[vocab]`; None if it was not drawn
-    at random but is the only one that could have been."""
+    """Tokens that may come next. weights: what each was drawn in proportion to, `[vocab]`; None, of all of them, if
+    they were not drawn at random but are the only ones that could have been."""
 
     token_ids: list[int] = field(default_factory=list)
     weights: list[Weights | None] = field(default_factory=list)
@@ -49,7 +50,7 @@ def verify(logits: torch.Tensor, cases: Sequence[tuple[SampleState, Draft, bool]
     compared (`matched`). States do not change."""
     draws = []
     for state, draft, matching in cases:
-        weights = bool(draft.token_ids) and not matching and state.params.temperature > 0
+        weights = any(w is not None for w in draft.weights) and not matching and state.params.temperature > 0
         draws += state.draws_along(draft.token_ids, weights)
     drawn = sample(logits, draws)
     verdicts, row = [], 0
@@ -59,7 +60,7 @@ def verify(logits: torch.Tensor, cases: Sequence[tuple[SampleState, Draft, bool]
         tokens = drawn.tokens[row : row + n + 1]
         if draws[row].weights and min(tokens) >= 0:
             assert drawn.weights is not None
-            tokens, chances = rejected(state, draft, drawn.weights[row : row + n + 1].numpy())
+            tokens, chances = rejected(state, draft, drawn.weights[row : row + n].numpy(), tokens[-1])
         else:
             tokens, chances = matched(draft, tokens)
         choices = [
@@ -85,26 +86,23 @@ def matched(draft: Draft, tokens: Sequence[int]) -> tuple[list[int], list[float]
     return taken, chances
 
 
-def rejected(state: SampleState, draft: Draft, target: Weights) -> tuple[list[int], list[float]]:
-    """Speculative sampling: `target` `[tokens of the draft + 1, vocab]` is what the target draws in proportion to."""
+def rejected(state: SampleState, draft: Draft, target: Weights, last: int) -> tuple[list[int], list[float]]:
+    """Speculative sampling: `target` `[tokens of the draft, vocab]` is what the target draws in proportion to, `last`
+    its own draw behind the draft."""
     taken: list[int] = []
     chances: list[float] = []
     for i, token in enumerate(draft.token_ids):
-        p, weights = _scaled(target[i]), draft.weights[i]
-        if weights is None:  # all of q is on one token
-            chances.append(float(p[token]))
-            stands = state.uniform(i, Stream.ACCEPT) < p[token]
-        else:
-            q = _scaled(weights)
-            chances.append(float(np.minimum(p, q).sum()))
-            stands = state.uniform(i, Stream.ACCEPT) * q[token] < p[token]
-        if not stands:
-            left = np.maximum(p - q, 0) if weights is not None else p.copy()
+        weights = draft.weights[i]
+        assert weights is not None
+        p, q = _scaled(target[i]), _scaled(weights)
+        chances.append(float(np.minimum(p, q).sum()))
+        if state.uniform(i, Stream.ACCEPT) * q[token] >= p[token]:
+            left = np.maximum(p - q, 0)
             left[token] = 0
             # Nothing is left where p and q are equal but for rounding.
             return [*taken, _drawn(left if left.any() else p, state.uniform(i))], chances
         taken.append(token)
-    return [*taken, _drawn(target[-1], state.uniform(len(draft.token_ids)))], chances
+    return [*taken, last], chances
 
 
 def _scaled(weights: Weights) -> Weights:
