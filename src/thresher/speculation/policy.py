@@ -73,10 +73,9 @@ class Clock:
         error = min(measured, _OUTLIER * expected) - expected
         known[longer, batch] += _WEIGHT * error * min(1 / share, 2.0)
 
-    def measured(self, maker: str, tokens: int | None = None, sequences: int | None = None) -> bool:
-        """Whether any pass of this maker was, or one with so many tokens of each sequence, or about so many sequences."""
-        batch = sequences and sequences.bit_length()
-        return any(tokens in (None, n) and batch in (None, b) for n, b in self._corrections.get(maker, {}))
+    def measured(self, maker: str, tokens: int | None = None) -> bool:
+        """Whether any pass of this maker was, or one with so many tokens of each sequence."""
+        return any(tokens in (None, kind[0]) for kind in self._corrections.get(maker, {}))
 
     def _correction(self, maker: str, tokens: float, batch: int) -> float:
         known = self._corrections.get(maker) or self._corrections.get("target")

@@ -36,7 +36,7 @@ AUTO, WINDOW = parse_method("auto"), parse_method("streaming:window=512")
 VIEWS = {f"self:{view}": view for view in (AUTO, WINDOW)}
 PRIORS = {f"self:{AUTO}": (0.9,), f"self:{WINDOW}": (0.75,), NGRAM: (0.3, 0.6)}  # of acceptance, of others 0.6
 _OTHERS = (0.6,)
-_LIKELY = 0.5  # that often right is a lookup that is verified once to see what it takes
+_LIKELY = 0.5  # that often right is a look-up that is verified now and then to see what it takes
 _FIRST = 1.9  # drafts of a maker that nothing is known of: two, the first counting a little less
 RENEW = 64  # tokens after which a view that is chosen once is chosen anew, by the last half of them
 _MOST_VOTERS = 16  # tokens of a pass that votes are taken from
@@ -115,6 +115,7 @@ class Speculator:
         self._known: dict[str, Acceptance] = {}  # of all samples
         self._planned: list[Speculating] = []
         self._until_replan = 0
+        self._without_lookups = 0  # plans
 
     def start(
         self,
@@ -320,8 +321,10 @@ class Speculator:
         cases = [self._case(turn, NGRAM) for turn in turns]
         best = best_plan(self.clock, None, cases, max(turn.sample.lookup_gamma for turn in turns))
         gammas = best.gammas
-        if not any(gammas) and not self.clock.measured(TARGET, 2, len(turns)):  # it may be cheaper than is expected
+        self._without_lookups = 0 if any(gammas) else self._without_lookups + 1
+        if self._without_lookups % (PROBE // REPLAN) == 1:  # it may be cheaper than is expected, or than it was
             gammas = [int(case.most > 0 and case.rates[0] > _LIKELY) for case in cases]
+            self._until_replan = REPLAN_UNSURE if any(gammas) else self._until_replan
         for turn, gamma in zip(turns, gammas, strict=True):
             turn.sample.lookup_gamma = gamma
             turn.sample.lookup_first = gamma > 0 and best.rate > rates.get(turn.sample, 0.0)
