@@ -18,8 +18,8 @@ constexpr int tile_vectors(int rows, int panels) {
   return vectors;
 }
 
-// Whether tiles of so many rows ask for memory while they are computed: if they pass a panel several times, and with wide vectors,
-// whose instructions are so few that a processor would see far enough ahead by itself, but so long that it does not.
+// Whether tiles of so many rows ask for memory while they are computed: if they pass a panel several times, and with wide vectors
+// always, as that was measured to be faster (docs/results.md).
 constexpr bool asks_ahead(int rows) { return W == 16 || tile_vectors(rows, 1) * W < panel; }
 
 // c[rows, 32 * panels] = a[rows, steps packs] @ packed panels, `b_stride` values apart (`onto`: += ). Every output is one

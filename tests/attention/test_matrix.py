@@ -458,7 +458,7 @@ def test_snapkv_is_chosen_anew(tail):
     case = make(f"snapkv:budget=50,tail={tail}", Heads(6, 2, 16), 500, seed=19)
     (old,) = case.index.blocks
     later = make(f"snapkv:budget=50,tail={tail}", Heads(6, 2, 16), 700, seed=19).sequence
-    votes = torch.rand(case.index._slots.__len__(), 2, 720)
+    votes = torch.rand(len(case.index._slots), 2, 720)
     votes[:, :, 300:305] += 9  # wanted by all
     case.index.renew(later, votes)
     (new,) = case.index.blocks

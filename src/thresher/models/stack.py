@@ -42,7 +42,7 @@ class Stack:
             tables[kind] = cos[0].to(x.dtype).contiguous(), sin[0].to(x.dtype).contiguous()
         for layer, kind in zip(self.layers, self.kinds, strict=True):
             layer.run_(x, *tables[kind], plan)
-        # x[logit_rows] would wake torch's threads for six rows, and kernels wait until those let go of the processors.
+        # x[logit_rows] would use torch's threads from 3,000 numbers on, beside those of the kernels: 5 ms a pass.
         logits: torch.Tensor = self.head(self.norm(x.index_select(0, logit_rows)))
         return logits.float()
 
