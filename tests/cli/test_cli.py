@@ -349,6 +349,7 @@ def test_speculation_that_cannot_be(kv, tiny_folder, tmp_path, monkeypatch):
     fails(2, "choose from auto, self", *ask, "fast")
     fails(2, "a draft has 1 to 15", *ask, "self:auto,gamma=-1")
     fails(2, "verified densely", *ask, "self:auto", "--attention", "sign")
+    fails(2, "more than the context of the model", *ask, "self:snapkv,budget=1000000")
     fails(2, "name a sparse attention method", *ask, "self:dense")
     fails(3, "no such", *ask, f"model:{tmp_path / 'nowhere'}")
     other = tmp_path / "other"

@@ -73,3 +73,12 @@ def test_sparse_attention_cannot_verify_its_own_drafts():
         parse_speculation("self:auto").check_target(parse_method("sign"))
     parse_speculation("self:auto").check_target(parse_method("dense"))
     parse_speculation("ngram").check_target(parse_method("sign"))
+
+
+def test_a_budget_beyond_the_context_of_the_model():
+    asked = parse_speculation("self:snapkv,budget=9000")
+    with pytest.raises(UsageError, match=r"9,000 tokens is more than the context of the model, 8,192"):
+        asked.check_budget(8192)
+    asked.check_budget(9000)
+    parse_speculation("self:snapkv,budget=0.05").check_budget(10)
+    parse_speculation("ngram").check_budget(10)

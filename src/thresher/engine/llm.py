@@ -107,6 +107,8 @@ class LLM:
         if self.speculation and self.speculation.model:
             self.draft_models[self.speculation.model] = self._load_draft_model(self.speculation, trust_remote_code)
         self.positions = 1 << 40 if allow_extrapolation else self.model.positions
+        if self.speculation:
+            self.speculation.check_budget(self.positions)
         self.kv_budget = kv_budget or available_memory() // 2
         self.chunk_size = chunk_size
         self.pass_seconds = pass_seconds
@@ -332,6 +334,7 @@ class LLM:
         method = _method(attention, DENSE if asked else self.attention)
         if speculation:
             speculation.check_target(method)
+            speculation.check_budget(self.positions)
             if speculation.model and speculation.model not in self.draft_models:
                 raise UsageError(f"speculate: {speculation.model} is not loaded; give it to LLM(speculate=...)")
         return method, speculation

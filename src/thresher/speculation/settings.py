@@ -55,6 +55,14 @@ class Speculation:
                 "attention dense, or another drafter (ngram, model:ID)"
             )
 
+    def check_budget(self, positions: int) -> None:
+        """Raises UsageError if a draft may read more tokens than a sequence of the model can have."""
+        if self.method is not None and (budget := getattr(self.method, "budget", 0)) > positions:
+            raise UsageError(
+                f"speculate '{self}': the budget of {budget:,} tokens is more than the context of the model, "
+                f"{positions:,}; give fewer, or a share below 1"
+            )
+
     def __str__(self) -> str:
         """What `parse_speculation` understands."""
         name, given = self.drafter, []
