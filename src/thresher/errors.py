@@ -59,3 +59,7 @@ class StorageError(ThresherError):
     """The disk is full, or a folder cannot be written."""
 
     exit_code = 6
+
+
+class TraceError(UsageError):
+    """A file of traces that is not what it says. The message names the file and the line."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from thresher.attention.base import AttentionMethod
-from thresher.machine.cost import Cost, ModelShape, attention_cost, weights_cost
+from thresher.machine.cost import Cost, ModelShape, attention_cost, bounded_cost, weights_cost
 from thresher.speculation.policy import expected_tokens
 
 MOST_GAMMA = 15
@@ -49,7 +49,9 @@ def omega(alpha: float, gamma: int) -> float:
 def target_seconds(shape: ModelShape, hardware: Hardware, batch: int, context: int, tokens: int = 1) -> float:
     """A dense pass of `batch` sequences of `context` tokens with so many new ones each."""
     linear = hardware.seconds(weights_cost(shape, batch * tokens))
-    attention = hardware.seconds(attention_cost(shape, context, tokens).times(batch))
+    attention = hardware.seconds(
+        (attention_cost(shape, context, tokens) + bounded_cost(shape, context, tokens)).times(batch)
+    )
     return linear + attention + hardware.overhead
 
 
@@ -61,7 +63,7 @@ def draft_seconds(drafter: Drafter, hardware: Hardware, batch: int, context: int
     else:
         cost = drafter.method.cost(shape, context) if drafter.method else attention_cost(shape, context)
     linear = hardware.seconds(weights_cost(shape, batch))
-    return linear + hardware.seconds(cost.times(batch)) + hardware.overhead
+    return linear + hardware.seconds((cost + bounded_cost(shape, context)).times(batch)) + hardware.overhead
 
 
 @dataclass(frozen=True)
@@ -99,4 +101,4 @@ def critical_length(shape: ModelShape, hardware: Hardware, tokens: int = 1) -> f
     intensity = hardware.flops / hardware.bandwidth
     by_query = 4.0 * shape.layers * shape.q_heads * shape.head_dim
     left = intensity * shape.kv_bytes_per_token - tokens * by_query
-    return tokens * 2.0 * shape.weight_count / left if left > 0 else None
+    return tokens * 2.0 * shape.active_count / left if left > 0 else None
