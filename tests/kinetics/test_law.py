@@ -19,6 +19,7 @@ from thresher.kinetics.law import (
     parse_reading,
     run_cost,
     solve_prompt,
+    step_cost,
 )
 from thresher.machine.cost import Cost, Experts, ModelShape, weights_cost
 from thresher.machine.devices import DEVICES, device
@@ -158,6 +159,28 @@ def test_switches():
         2 * (3 * keys * SMALL.kv_bytes_per_layer + 2 * 100 * 20)
     )
     assert run_cost(windowed, DENSE, 10, [20], 2, Terms(bounded=False)) == run_cost(SMALL, DENSE, 10, [20], 2)
+
+
+@given(
+    prompt=sizes,
+    length=st.integers(1, 200),
+    samples=st.integers(1, 4),
+    reading=st.sampled_from(["dense", "topk40", "block4x9"]),
+)
+def test_a_run_is_the_sum_of_its_passes(prompt, length, samples, reading):
+    reading = parse_reading(reading)
+    steps = [step_cost(SMALL, reading, prompt, t + 0.5, samples) for t in range(length)]
+    whole = law_cost(SMALL, reading, prompt, length, samples)
+    assert sum(s.attention.flops for s in steps) == pytest.approx(whole.attention.flops)
+    assert sum(s.attention.bytes for s in steps) == pytest.approx(whole.attention.bytes)
+    assert sum(s.linear.flops for s in steps) == pytest.approx(whole.linear.flops)
+    assert {s.linear.bytes for s in steps} == {2000}
+
+
+def test_a_pass_of_our_methods():
+    shape, method = DECODERS["qwen3-8b"].shape(), parse_method("auto")
+    assert step_cost(shape, method, 8000, 192, 3).attention == method.cost(shape, 8192).times(3)
+    assert step_cost(shape, parse_method("dense"), 10, 5, 2) == step_cost(shape, DENSE, 10, 5, 2)
 
 
 def test_longest_of_several():

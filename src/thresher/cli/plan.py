@@ -1,166 +1,257 @@
-import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from thresher.cli import options as o
+from thresher.cli.plan_cost import cost
+from thresher.cli.plan_speculation import speculation
+from thresher.cli.planned import Device, lengths_in, planned_shape
 from thresher.cli.terminal import say, stderr, write_json
 from thresher.errors import UsageError
 
-plan = typer.Typer(help="Know what it will cost before you run it.")
+if TYPE_CHECKING:
+    from thresher.evaluation.calibrate import Calibration
+    from thresher.kinetics.check import Check
+    from thresher.kinetics.law import Reading
+    from thresher.kinetics.planner import How, Machine, Model, Plan
+    from thresher.kinetics.traces import Trace
+
+plan = typer.Typer(help="Know what it will cost before you run it.", invoke_without_command=True)
 
 
 @plan.callback()
-def _group() -> None:
-    """Plans are commands of their own: only speculation is there yet."""
-
-
-@plan.command()
 @o.with_options
-def speculation(
+def plans(
+    context: typer.Context,
     model: Annotated[
-        str,
+        str, typer.Option(help="Models to choose from, separated by commas: published shapes, or models as everywhere.")
+    ] = "smollm2-135m-instruct",
+    device: Device = "this",
+    devices: Annotated[int, typer.Option(help="Devices that share a model (tensor parallel).", min=1)] = 1,
+    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.", min=0)] = 1024,
+    generate: Annotated[str, typer.Option(help="Most tokens of an answer, e.g. 2048,8192: each is a plan.")] = "1024",
+    lengths: Annotated[
+        Path | None,
+        typer.Option(help="A file of lengths of answers, one a line. Default: those of the traces, else --generate."),
+    ] = None,
+    samples: Annotated[str, typer.Option(help="Answers to a question, e.g. 1,4,16: each is a plan.")] = "1",
+    attention: Annotated[
+        list[str] | None,
         typer.Option(
-            help="A published shape (--model list shows them), or a model as everywhere: only its config is read."
-        ),
-    ] = "smollm2-135m",
-    draft: Annotated[
-        str,
-        typer.Option(
-            help="Who drafts: self:METHOD, the model with sparse attention, as self:auto; or model:NAME, a smaller one."
-        ),
-    ] = "self:auto",
-    draft_budget: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens of the cache that a draft reads, in place of what the method costs by itself.", min=1
+            help="How the cache is read, separated by ; or given several times: dense, topk256 and block16x64 (as the "
+            "paper counts them), or a method of `thresher methods`. Default: dense;auto."
         ),
     ] = None,
+    weights: Annotated[str, typer.Option(help="Number formats of the weights, e.g. bf16,int8.")] = "bf16",
+    kv: Annotated[str | None, typer.Option(help="Number format of the KV cache, where it is another.")] = None,
+    batch: Annotated[int, typer.Option(help="Questions answered at once.", min=1)] = 1,
     acceptance: Annotated[
-        str, typer.Option(help="Share of drafted tokens that stand: one rate, or one for each position, as 0.9,0.85.")
-    ] = "0.8",
-    batch: Annotated[str, typer.Option(help="Sequences decoded together.")] = "1,4,8,32,128",
-    context: Annotated[str, typer.Option(help="Tokens in the cache of each.")] = "2048,8192,32768,131072",
-    machine: Annotated[
-        str,
-        typer.Option(
-            help="this (measured now, about a second); a100, h100, h200, b200, l40, 4090; or GFLOP/s:GB/s, as 950:46."
-        ),
-    ] = "this",
-    devices: Annotated[int, typer.Option(help="Devices that share the model (tensor parallel).", min=1)] = 1,
-    efficiency: Annotated[
-        float, typer.Option(help="Share of its peak that a device reaches; of this machine rates are measured.")
-    ] = 1.0,
-    overhead_ms: Annotated[
-        float, typer.Option(help="Time of a pass that is neither memory nor arithmetic.", min=0)
-    ] = 0.0,
-    weights: Annotated[str, typer.Option(help="Number format of the weights: bf16, int8 or float32.")] = "bf16",
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw speed-up over batch and context into this file.", callback=o.writable)
+        float | None,
+        typer.Option(help="Also plan drafts by each sparse method, of which such a share stands.", min=0, max=1),
     ] = None,
+    traces: Annotated[
+        list[Path] | None, typer.Option(help="Traces that say how often answers are right; several times.")
+    ] = None,
+    judge: Annotated[
+        str, typer.Option(help="Which of the samples counts: best (by a perfect verifier), or majority.")
+    ] = "best",
+    target: Annotated[float | None, typer.Option(help="Accuracy to reach, by the traces.", min=0, max=1)] = None,
+    latency: Annotated[float | None, typer.Option(help="Most seconds until the answers are there.", min=0)] = None,
+    budget: Annotated[float | None, typer.Option(help="Most Tera-eFLOPs of a question.", min=0)] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="Most GB of weights and caches. Default: what the device has.", min=0)
+    ] = None,
+    efficiency: Annotated[float, typer.Option(help="Share of its peaks that a device reaches.")] = 1.0,
+    overlapped: Annotated[
+        bool, typer.Option("--overlapped", help="Arithmetic and memory at once (roofline), not one after the other.")
+    ] = False,
+    price: Annotated[float | None, typer.Option(help="Money an hour of all devices.", min=0)] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Also run the plans' models here, and hold predicted ms a token to it.")
+    ] = False,
+    rows: Annotated[int, typer.Option(help="Plans that are shown.", min=1)] = 15,
     json: o.Json = None,
 ) -> None:
-    """What drafts would gain, by the cost model of MagicDec: speed-up, best draft length, critical context.
+    """Rank what could be run, or, with a command: cost, speculation.
 
-    thresher plan speculation --model llama-3.1-8b --machine a100 --devices 8 --draft self:streaming --draft-budget 512
+    thresher plan --model qwen3-4b,qwen3-8b --device h100 --generate 16384 --samples 1,8 --attention "dense;topk512"
 
-    A pass reads the weights once and every cache once, whatever the number of new tokens; drafts pay where that is what
-    takes the time.
+    Without traces plans are ranked by time; with them by how often answers are right, or by the time to --target.
     """
-    from rich.table import Table
+    if context.invoked_subcommand:
+        return
+    from thresher.kinetics.law import Reading, parse_reading
+    from thresher.kinetics.planner import Limits, Model, Work, plan_of, rank, with_accuracy
+    from thresher.kinetics.traces import read_trace
 
-    from thresher.machine.devices import Device, device
-    from thresher.speculation.theory import Drafter, Gain, Hardware, best_gain, critical_length
-
-    lengths, batches = o.numbers("context", context), o.numbers("batch", batch)
-    rates = [_rate(part) for part in acceptance.split(",")]
-    sizes = {"bf16": (2.0, 2), "int8": (1.0, 2), "float32": (4.0, 4)}
-    if weights not in sizes:
-        raise UsageError(f"--weights {weights}: choose from {', '.join(sizes)}")
+    if judge not in ("best", "majority"):
+        raise UsageError(f"--judge {judge}: choose best or majority")
     if not 0 < efficiency <= 1:
         raise UsageError(f"--efficiency {efficiency}: give a share above 0, up to 1")
-    shape = _shape(model, *sizes[weights])
-    kind, _, subject = draft.partition(":")
-    if kind == "self":
-        from thresher.attention.registry import parse_method
-
-        name, _, parameters = subject.partition(",")
-        drafter = Drafter(shape, rates, parse_method(f"{name}:{parameters}" if parameters else name), draft_budget)
-    elif kind == "model" and subject:
-        drafter = Drafter(_shape(subject, *sizes[weights]), rates, None, draft_budget)
-    else:
-        raise UsageError(f"--draft {draft}: give self:METHOD or model:NAME")
-    if machine == "this":
-        from thresher.evaluation.machine import measure_machine
-
-        with stderr.status("measuring this machine"):
-            measured = measure_machine()
-        hardware = Hardware(measured.matmul, measured.read, 1e-3 * overhead_ms)
-    else:
-        known = device(machine) if ":" not in machine else Device(machine, *_own(machine), memory=0, source="")
-        factor = devices * efficiency
-        hardware = Hardware(known.flops * factor, known.bandwidth * factor, 1e-3 * overhead_ms)
-    gains: dict[tuple[int, int], Gain] = {
-        (b, n): best_gain(shape, drafter, hardware, b, n) for n in lengths for b in batches
-    }
-    critical = {str(n): critical_length(shape, hardware, n) for n in (1, 4)}
-    if str(json) != "-":
-        table = Table(
-            "tokens", *(f"batch {b}" for b in batches), title=f"speed-up of {model} on {machine} (draft length)"
+    if target is not None and not traces:
+        raise UsageError(
+            "--target needs --traces that say how often answers are right; `thresher scale run` makes some"
         )
-        for n in lengths:
-            table.add_row(f"{n:,}", *(_cell(gains[b, n]) for b in batches))
-        stderr.print(table)
-        for tokens, length in critical.items():
-            where = "at no context: arithmetic is always longer" if length is None else f"beyond {length:,.0f} tokens"
-            say(f"{tokens} new to a sequence: passes of any batch wait for memory {where}")
-    if plot:
-        from thresher.evaluation.plots import plot_speedups
+    counts, caps = o.numbers("samples", samples), o.numbers("generate", generate)
+    parts = [part.strip() for text in attention or ["dense;auto"] for part in text.split(";") if part.strip()]
+    readings = list(dict.fromkeys(parse_reading(part) for part in parts))
+    known = [read_trace(path) for path in traces or []]
+    models = [
+        Model(name, form, planned_shape(name, form, kv))
+        for name in dict.fromkeys(part.strip() for part in model.split(",") if part.strip())
+        for form in dict.fromkeys(part.strip() for part in weights.split(","))
+    ]
+    machine = _machine(device, devices, efficiency, not overlapped, price)
+    if device == "this":
+        machine = _calibrated(machine, models, readings, sorted({1, *(n * batch for n in counts)}))
+    given = lengths_in(lengths) if lengths else None
+    made: list[Plan] = []
+    for one in models:
+        for reading in readings:
+            lasting = given or _lengths_of(known, one.name, str(reading))
+            for cap in caps:
+                work = Work(prompt, lasting or [float(cap)], batch)
+                for n in counts:
+                    made.append(with_accuracy(plan_of(one, reading, n, cap, work, machine), known, judge))
+                    if acceptance is not None and reading != Reading():
+                        drafted = plan_of(one, reading, n, cap, work, machine, acceptance)
+                        if drafted.gamma:
+                            made.append(with_accuracy(drafted, known, judge))
+    unlimited = float("inf")
+    limits = Limits(
+        memory=machine.device.memory * devices if memory is None else memory * 1e9,
+        seconds=unlimited if latency is None else latency,
+        eflops=unlimited if budget is None else budget,
+        accuracy=target,
+    )
+    ranking = rank(made, limits)
+    if str(json) != "-":
+        _show(ranking.plans[:rows], f"{device}, prompt {prompt:,}, {batch} question{'s' if batch > 1 else ''} at once")
+        say(ranking.why, style="bold")
+    checks = _checks(models, readings, prompt, caps, counts, batch, machine, device) if check else []
+    settings = {"device": device, "devices": devices, "prompt": prompt, "batch": batch}
+    checked = {"check": [asdict(c) | {"error": c.error} for c in checks]} if check else {}
+    write_json(json, settings | {"why": ranking.why, "plans": [asdict(p) for p in ranking.plans]} | checked)
 
-        plot_speedups({key: g.speedup for key, g in gains.items()}, f"{model}, {draft}, {machine}", plot)
-        say(f"{plot} written")
-    settings: dict[str, Any] = {"model": model, "draft": draft, "acceptance": rates, "machine": asdict(hardware)}
-    rows = [{"batch": b, "context": n} | asdict(g) for (b, n), g in gains.items()]
-    write_json(json, settings | {"critical_length": critical, "rows": rows})
+
+plan.command()(o.with_options(cost))
+plan.command()(o.with_options(speculation))
 
 
-def _cell(gain: Any) -> str:
-    return f"{gain.speedup:.2f} ({gain.gamma})" if gain.gamma else "1 (none)"
+def _machine(name: str, devices: int, efficiency: float, additive: bool, price: float | None) -> "Machine":
+    from dataclasses import replace
+
+    from thresher.kinetics.planner import Machine
+    from thresher.machine.devices import Device as Known
+    from thresher.machine.devices import device as known_device
+    from thresher.machine.memory import available_memory
+
+    if name != "this":
+        return Machine(known_device(name), devices, efficiency, additive, price=price)
+    if devices != 1 or efficiency != 1:
+        raise UsageError("--device this is one device, and its rates are measured")
+    # Rates follow when kernels are timed.
+    here = Known("this", 1.0, 1.0, float(available_memory()), float("nan"), "")
+    return replace(Machine(here), price=price)
 
 
-def _rate(text: str) -> float:
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = -1.0
-    if not 0 <= rate <= 1:
-        raise UsageError(f"--acceptance {text}: give rates from 0 to 1")
-    return rate
+def _calibrated(machine: "Machine", models: "list[Model]", readings: "list[How]", sequences: list[int]) -> "Machine":
+    """With kernels timed at the shapes of the models."""
+    from dataclasses import replace
+
+    from thresher.attention.base import AttentionMethod
+    from thresher.evaluation.calibrate import calibrate
+    from thresher.kinetics.check import measured_seconds
+    from thresher.kinetics.law import Reading
+
+    found: dict[Model, Calibration] = {}
+    for model in models:
+        for reading in readings:
+            if isinstance(reading, Reading) and reading != Reading():
+                raise UsageError(
+                    f"attention {reading}: an oracle does not run here; use a method of `thresher methods`"
+                )
+        if model.weights not in ("bf16", "int8", "float32"):
+            raise UsageError(f"--weights {model.weights}: this machine computes in bf16, int8 and float32")
+        methods = [r for r in readings if isinstance(r, AttentionMethod)]
+        with stderr.status(f"timing kernels at the shape of {model.name}"):
+            found[model] = calibrate(model.shape, model.weights, methods, sequences, lambda message: None)
+    profile = next(iter(found.values())).profile
+    device = replace(machine.device, flops=profile.matmul, bandwidth=profile.read)
+    return replace(machine, device=device, measured=measured_seconds(found))
 
 
-def _own(text: str) -> tuple[float, float]:
-    """Operations and bytes a second."""
-    try:
-        flops, bandwidth = (1e9 * float(part) for part in text.split(":"))
-    except ValueError:
-        flops = bandwidth = 0.0
-    if not (flops > 0 and bandwidth > 0 and math.isfinite(flops + bandwidth)):
-        raise UsageError(f"--machine {text}: give GFLOP/s:GB/s above 0, as 950:46")
-    return flops, bandwidth
+def _lengths_of(traces: "list[Trace]", model: str, method: str) -> list[float] | None:
+    """How long the answers of a model and method are, where traces tell: those of sparse methods are longer."""
+    for trace in traces:
+        if (trace.model, trace.method) == (model, method):
+            return [s.length for q in trace.questions for s in q.samples]
+    return None
 
 
-def _shape(name: str, weight_bytes: float, value_bytes: int) -> Any:
-    """Of a published decoder, or by the configuration of a model that is here. Raises UsageError or ModelError."""
-    from thresher.machine.shapes import DECODERS, decoder_of
+def _checks(
+    models: "list[Model]",
+    readings: "list[How | Reading]",
+    prompt: int,
+    caps: list[int],
+    counts: list[int],
+    batch: int,
+    machine: "Machine",
+    device: str,
+) -> "list[Check]":
+    from rich.table import Table
 
-    if name == "list":
-        raise UsageError(f"--model: there is {', '.join(DECODERS)}; or a hub id, a folder or a .gguf file")
-    if name in DECODERS:
-        return DECODERS[name].shape(weight_bytes, value_bytes)
-    from transformers import AutoConfig
+    from thresher.kinetics.check import check_passes
 
-    from thresher.models.resolve import resolve
+    if device != "this":
+        raise UsageError("--check runs the model here: use it with --device this")
+    contexts = sorted({max(1, prompt), prompt + max(caps)})
+    sequences = sorted({n * batch for n in counts})
+    found = [c for m in models for c in check_passes(m, readings, contexts, sequences, machine, say)]
+    table = Table("model", *("attention", "tokens", "batch", "predicted ms", "measured ms", "error"), title="passes")
+    for c in found:
+        numbers = (
+            f"{c.context:,}",
+            str(c.batch),
+            f"{c.predicted_ms:.1f}",
+            f"{c.measured_ms:.1f}",
+            f"{100 * c.error:+.0f} %",
+        )
+        table.add_row(c.model, c.method, *numbers)
+    stderr.print(table)
+    errors = sorted(abs(c.error) for c in found)
+    say(f"median error {100 * errors[len(errors) // 2]:.0f} % of {len(errors)} passes", style="bold")
+    return found
 
-    return decoder_of(AutoConfig.from_pretrained(resolve(name, say).folder)).shape(weight_bytes, value_bytes)
+
+def _show(plans: "list[Plan]", title: str) -> None:
+    from rich.table import Table
+
+    columns = ("samples", "most tokens", "Tera-eFLOPs", "seconds", "ms/token", "tokens/s", "GB")
+    known = [p for p in plans if p.accuracy]
+    extra = [
+        *(["kJ"] if any(p.joules is not None for p in plans) else []),
+        *(["money"] if any(p.money is not None for p in plans) else []),
+        *(["accuracy"] if known else []),
+    ]
+    table = Table("model", "weights", "attention", *columns, *extra, title=title)
+    for p in plans:
+        values: list[Any] = [
+            p.model,
+            p.weights,
+            p.method + (f" + drafts of {p.gamma}" if p.gamma else ""),
+            str(p.samples),
+            f"{p.cap:,}",
+            *(f"{x:,.3g}" for x in (p.eflops, p.seconds, p.ms_per_token, p.tokens_per_second, p.memory / 1e9)),
+        ]
+        if "kJ" in extra:
+            values.append("" if p.joules is None else f"{p.joules / 1e3:,.3g}")
+        if "money" in extra:
+            values.append("" if p.money is None else f"{p.money:,.3g}")
+        if "accuracy" in extra:
+            a = p.accuracy
+            values.append(f"{a.mean:.3f} ({a.low:.2f} to {a.high:.2f})" if a else "")
+        table.add_row(*values)
+    stderr.print(table)

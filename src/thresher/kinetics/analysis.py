@@ -100,9 +100,7 @@ def accuracies(trace: Trace, ks: Sequence[int], resamples: int = 1000, seed: int
     for k in ks:
         by_coverage, by_majority = coverage_interval(trace.questions, k, resamples, seed), None
         if known:
-            of = [_majority(q.samples, k) for q in trace.questions]
-            again = _resampled(trace, partial(_majority, k=k), min(resamples, 200), seed)
-            by_majority = _interval(float(np.mean(of)), again)
+            by_majority = majority_interval(trace.questions, k, min(resamples, 200), seed)
         found.append(Accuracy(k, by_coverage, by_majority))
     return found
 
@@ -123,14 +121,22 @@ def coverage_interval(questions: Sequence[Question], k: int, resamples: int = 10
     return _interval(mean, np.array(means))
 
 
+def majority_interval(questions: Sequence[Question], k: int, resamples: int = 200, seed: int = 0) -> Interval:
+    """The majority's accuracy over questions whose answers are known; answers that are not have no vote."""
+    mean = float(np.mean([_majority(q.samples, k) for q in questions]))
+    return _interval(mean, _resampled(questions, partial(_majority, k=k), resamples, seed))
+
+
 def _majority(samples: Sequence[Sample], k: int) -> float:
     return majority([s.answer for s in samples], None, k, [s.score for s in samples])
 
 
-def _resampled(trace: Trace, of: Callable[[Sequence[Sample]], float], resamples: int, seed: int) -> Floats:
+def _resampled(
+    questions: Sequence[Question], of: Callable[[Sequence[Sample]], float], resamples: int, seed: int
+) -> Floats:
     """The mean over questions drawn again, of samples drawn again."""
     rng = np.random.default_rng(seed)
-    questions, means = trace.questions, []
+    means = []
     for _ in range(resamples):
         values = []
         for i in rng.integers(0, len(questions), len(questions)):

@@ -15,7 +15,7 @@ import numpy as np
 from thresher.attention.base import AttentionMethod
 from thresher.attention.registry import parse_method
 from thresher.errors import UsageError
-from thresher.machine.cost import Cost, ModelShape, bounded_cost, weights_cost
+from thresher.machine.cost import Cost, ModelShape, attention_cost, bounded_cost, weights_cost
 
 _NONE = Cost(0, 0)
 _KNOTS = 65  # contexts at which a method's own cost is asked; it is taken as linear between them
@@ -109,11 +109,41 @@ def law_cost(shape: ModelShape, reading: Reading, prompt: float, length: float, 
     return RunCost(linear, attention)
 
 
+def step_cost(
+    shape: ModelShape,
+    reading: Reading | AttentionMethod,
+    prompt: float,
+    produced: float,
+    samples: float,
+    questions: int = 1,
+) -> RunCost:
+    """One pass in which each of `samples` answers to each of `questions` prompts, of `produced` tokens so far, gets a
+    token. Weights are read once; layers whose memory does not grow are counted."""
+    context = prompt + produced
+    linear = weights_cost(shape, samples * questions)
+    rest = bounded_cost(shape, context).times(samples)
+    if isinstance(reading, AttentionMethod) and not _is_dense(reading):
+        return RunCost(linear, (reading.cost(shape, round(context)).times(samples) + rest).times(questions))
+    budget = reading.budget if isinstance(reading, Reading) else None
+    block = reading.block if isinstance(reading, Reading) else 0
+    keys = context if budget is None else min(float(budget), context)
+    rows = prompt + samples * produced if budget is None else samples * keys
+    attention = Cost(attention_cost(shape, keys).flops * samples, attention_cost(shape, rows).bytes)
+    if block:
+        means = attention_cost(shape, context / block).flops / 2 * samples
+        attention += Cost(means, attention_cost(shape, (prompt + samples * produced) / block).bytes / 2)
+    return RunCost(linear, (attention + rest).times(questions))
+
+
+def _is_dense(method: AttentionMethod) -> bool:
+    return method.exact and method.visibility() is None
+
+
 def method_cost(shape: ModelShape, method: AttentionMethod, prompt: float, length: float, samples: float) -> RunCost:
     """The same by a method's own account, its index and its dense layers included. A prompt is shared only by a dense
     method: the account does not say which rows of it several samples choose."""
     linear = Cost(2.0 * shape.active_count * length * samples, 0)
-    if method.exact and method.visibility() is None:
+    if _is_dense(method):
         return replace(law_cost(shape, DENSE, prompt, length, samples), linear=linear)
     contexts = prompt + np.linspace(0, length, _KNOTS)
     costs = [method.cost(shape, round(context)) for context in contexts]

@@ -101,8 +101,8 @@ _LINEAR = "linear_attention"
 
 
 def published(name: str) -> Decoder | None:
-    """By its name as papers have it, in any case."""
-    return DECODERS.get(name.lower())
+    """By its name as papers have it, in any case; tuning to instructions does not change a shape."""
+    return DECODERS.get(name.lower().removesuffix("-instruct"))
 
 
 def nearest(name: str) -> str:

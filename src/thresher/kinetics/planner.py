@@ -1,0 +1,265 @@
+"""Which model, how many samples, how long, which attention: what could be run, by what it costs and reaches."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from thresher.attention.base import AttentionMethod
+from thresher.errors import UsageError
+from thresher.evaluation.statistics import Interval
+from thresher.kinetics.analysis import coverage_interval, majority_interval
+from thresher.kinetics.law import Reading, Terms, run_cost, step_cost
+from thresher.kinetics.traces import Question, Trace
+from thresher.machine.cost import Cost, ModelShape
+from thresher.machine.devices import Device
+from thresher.speculation.theory import Drafter, Hardware, best_gain
+
+How = Reading | AttentionMethod
+PassSeconds = Callable[["Model", How, "Pass"], float]
+
+_KNOTS = 17  # lengths of an answer at which a pass is timed
+TERMS = Terms(batch=1, prefill=True)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One that could be run: name, number format of its weights, shape in it."""
+
+    name: str
+    weights: str
+    shape: ModelShape
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A token of each of `samples` answers to each of `questions` prompts, `produced` tokens behind the prompts."""
+
+    questions: int
+    samples: float
+    prompt: float
+    produced: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What runs it. devices share every model (tensor parallel). efficiency: share of their peaks that they reach.
+    overhead: seconds of a pass that are neither memory nor arithmetic. measured: the time of a pass where kernels were
+    timed, in place of the rates. price: money an hour of all devices."""
+
+    device: Device
+    devices: int = 1
+    efficiency: float = 1.0
+    additive: bool = True
+    overhead: float = 0.0
+    price: float | None = None
+    measured: PassSeconds | None = None
+
+    @property
+    def hardware(self) -> Hardware:
+        factor = self.devices * self.efficiency
+        return Hardware(self.device.flops * factor, self.device.bandwidth * factor, self.overhead)
+
+    def pass_seconds(self, model: Model, how: How, one: Pass) -> float:
+        if self.measured:
+            return self.measured(model, how, one)
+        hardware = self.hardware
+        cost = step_cost(model.shape, how, one.prompt, one.produced, one.samples, one.questions)
+        return cost.seconds(hardware.flops, hardware.bandwidth, self.additive) + self.overhead
+
+    def prefill_seconds(self, shape: ModelShape, prompt: float) -> float:
+        by_query = 4.0 * shape.layers * shape.q_heads * shape.head_dim
+        cost = Cost(2.0 * shape.active_count * prompt + by_query * prompt * prompt / 2, float(shape.stored_bytes))
+        return self.hardware.seconds(cost)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is asked. prompt: tokens; lengths: of answers, as many as one likes to state; batch: questions at once."""
+
+    prompt: float
+    lengths: Sequence[float]
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to run it. cap: most tokens of an answer; eflops: of a question; seconds: until all answers to the
+    questions of a batch are there; ms_per_token: mean time of a pass; tokens_per_second: of the batch; memory: bytes of
+    weights and caches; joules, money: of a question; gamma, speedup: of drafts, 0 and 1 without; accuracy: where traces
+    tell it."""
+
+    model: str
+    weights: str
+    method: str
+    samples: int
+    cap: int
+    eflops: float
+    seconds: float
+    ms_per_token: float
+    tokens_per_second: float
+    memory: float
+    joules: float | None
+    money: float | None
+    gamma: int = 0
+    speedup: float = 1.0
+    accuracy: Interval | None = None
+
+    def __str__(self) -> str:
+        drafts = f", drafts of {self.gamma}" if self.gamma else ""
+        return f"{self.model} in {self.weights}, {self.method}{drafts}, {self.samples} x {self.cap:,} tokens"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a plan must keep: bytes, seconds of a question, Tera-eFLOPs of a question, and reach: accuracy."""
+
+    memory: float = math.inf
+    seconds: float = math.inf
+    eflops: float = math.inf
+    accuracy: float | None = None
+
+
+def plan_of(
+    model: Model, how: How, samples: int, cap: int, work: Work, machine: Machine, acceptance: float | None = None
+) -> Plan:
+    """What it takes. acceptance: of drafts that the model makes for itself by the method, which dense attention then
+    verifies; None, no drafts."""
+    lengths = [min(length, cap) for length in work.lengths]
+    drafter = None
+    if acceptance is not None:
+        drafter, how = how, Reading()
+    sequences = samples * work.batch
+    longest, mean = max(lengths), float(np.mean(lengths))
+    knots = np.linspace(0, longest, _KNOTS)
+    # A pass has the samples that are not done: of each question as many as lengths say.
+    running = [max(1 / work.batch, samples * float(np.mean([n > t for n in lengths]))) for t in knots]
+    passes = [Pass(work.batch, n, work.prompt, float(t)) for n, t in zip(running, knots, strict=True)]
+    times = [machine.pass_seconds(model, how, one) for one in passes]
+    decoding, gamma, speedup = float(np.trapezoid(times, knots)), 0, 1.0
+    if drafter is not None and acceptance is not None:
+        gamma, speedup = _drafts(model.shape, drafter, machine, sequences, round(work.prompt + mean / 2), acceptance)
+    seconds = decoding / speedup + work.batch * machine.prefill_seconds(model.shape, work.prompt)
+    cost = run_cost(model.shape, how, work.prompt, lengths, samples, replace(TERMS, batch=sequences))
+    cache = work.batch * (
+        model.shape.kv_bytes(work.prompt)
+        + samples * (model.shape.kv_bytes(work.prompt + longest) - model.shape.kv_bytes(work.prompt))
+    )
+    watts = machine.device.watts * machine.devices
+    return Plan(
+        model=model.name,
+        weights=model.weights,
+        method=str(how if drafter is None else "dense"),
+        samples=samples,
+        cap=cap,
+        eflops=cost.eflops(machine.device.intensity) * 1e-12,
+        seconds=seconds,
+        ms_per_token=1e3 * decoding / speedup / max(longest, 1),
+        tokens_per_second=sequences * mean / seconds,
+        memory=model.shape.stored_bytes + cache,
+        joules=watts * seconds / work.batch if watts == watts else None,
+        money=None if machine.price is None else machine.price * seconds / 3600 / work.batch,
+        gamma=gamma,
+        speedup=speedup,
+    )
+
+
+def _drafts(
+    shape: ModelShape, drafter: How, machine: Machine, sequences: int, context: int, acceptance: float
+) -> tuple[int, float]:
+    if isinstance(drafter, Reading):
+        made = Drafter(shape, [acceptance], None, drafter.budget)
+    else:
+        made = Drafter(shape, [acceptance], drafter)
+    gain = best_gain(shape, made, machine.hardware, sequences, context)
+    return gain.gamma, gain.speedup
+
+
+def with_accuracy(plan: Plan, traces: Iterable[Trace], judge: str) -> Plan:
+    """The same with what traces of its model and method say of so many samples, cut at its cap; as it was if none has
+    them. judge: "best", a right answer among the samples; "majority", the most frequent one."""
+    for trace in traces:
+        if (trace.model, trace.method) == (plan.model, plan.method) and plan.samples <= trace.samples:
+            questions = [cut(question, plan.cap) for question in trace.questions]
+            if judge == "best":
+                return replace(plan, accuracy=coverage_interval(questions, plan.samples))
+            return replace(plan, accuracy=majority_interval(questions, plan.samples))
+    return plan
+
+
+def cut(question: Question, cap: int) -> Question:
+    """Answers that are longer end there, and are wrong."""
+    samples = tuple(
+        s if s.length <= cap else replace(s, length=cap, score=0.0, answer=None, ended=False) for s in question.samples
+    )
+    return replace(question, samples=samples)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Plans, the best first; why that one, in one sentence."""
+
+    plans: list[Plan]
+    why: str
+
+
+def rank(plans: Sequence[Plan], limits: Limits) -> Ranking:
+    """Those within the limits: with a target the cheapest that reaches it, without one the most accurate where traces
+    tell, else the cheapest. Raises UsageError that names the nearest plan if none is within the limits."""
+    if not plans:
+        raise UsageError("there is nothing to choose from")
+    fitting = [p for p in plans if not _beyond(p, limits)]
+    if not fitting:
+        nearest = min(plans, key=lambda p: (len(_beyond(p, limits)), _distance(p, limits)))
+        raise UsageError(f"no plan meets this; nearest is {nearest}: {', '.join(_beyond(nearest, limits))}")
+    known = [p for p in fitting if p.accuracy is not None]
+    of = f"of {len(fitting)} plans within the limits" if len(fitting) < len(plans) else f"of {len(plans)} plans"
+    if limits.accuracy is not None:
+        ranked = sorted(known, key=lambda p: p.seconds)
+        best = ranked[0]
+        return Ranking(ranked, f"{of} that reach {limits.accuracy:.2f}, {best} takes the least time{_rival(ranked)}.")
+    if known:
+        ranked = sorted(known, key=lambda p: (-_mean(p), p.seconds)) + sorted(
+            (p for p in fitting if p.accuracy is None), key=lambda p: p.seconds
+        )
+        best = ranked[0]
+        return Ranking(ranked, f"{of}, {best} is right most often ({_mean(best):.3f}).")
+    ranked = sorted(fitting, key=lambda p: p.seconds)
+    return Ranking(
+        ranked, f"{of}, {ranked[0]} takes the least time{_rival(ranked)}; no traces say how often it is right."
+    )
+
+
+def _rival(ranked: Sequence[Plan]) -> str:
+    """What the next one differs in."""
+    if len(ranked) < 2:
+        return ""
+    return f", {ranked[1].seconds / max(ranked[0].seconds, 1e-12):.2f} times less than {ranked[1]}"
+
+
+def _mean(plan: Plan) -> float:
+    return plan.accuracy.mean if plan.accuracy else -1.0
+
+
+def _beyond(plan: Plan, limits: Limits) -> list[str]:
+    """What a plan breaks."""
+    found = []
+    if plan.memory > limits.memory:
+        found.append(f"{plan.memory / 1e9:.1f} GB for {limits.memory / 1e9:.1f}")
+    if plan.seconds > limits.seconds:
+        found.append(f"{plan.seconds:.3g} s for {limits.seconds:.3g}")
+    if plan.eflops > limits.eflops:
+        found.append(f"{plan.eflops:.4g} Tera-eFLOPs for {limits.eflops:.4g}")
+    if limits.accuracy is not None and not _mean(plan) >= limits.accuracy:
+        reached = f"right in {_mean(plan):.3f}" if plan.accuracy else "no traces say how often it is right"
+        found.append(f"{reached} for {limits.accuracy:.3f}")
+    return found
+
+
+def _distance(plan: Plan, limits: Limits) -> float:
+    """How far a plan is beyond the limits, in factors."""
+    parts = [plan.memory / limits.memory, plan.seconds / limits.seconds, plan.eflops / limits.eflops]
+    if limits.accuracy is not None:
+        parts.append(limits.accuracy / max(_mean(plan), 1e-3))
+    return sum(math.log(max(part, 1.0)) for part in parts)
