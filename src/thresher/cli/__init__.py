@@ -18,6 +18,7 @@ from thresher.cli.methods import methods
 from thresher.cli.options import with_options
 from thresher.cli.plan import plan
 from thresher.cli.read import read
+from thresher.cli.scale import scale
 from thresher.cli.streams import prepare_streams
 
 app = typer.Typer(
@@ -49,6 +50,7 @@ for command in (read, ask, generate, info, methods, doctor):
 evaluate.command()(with_options(fidelity))
 app.add_typer(bench, name="bench")
 app.add_typer(plan, name="plan")
+app.add_typer(scale, name="scale")
 app.add_typer(evaluate, name="eval")
 
 

@@ -37,14 +37,18 @@ def say(message: str, style: str = "dim") -> None:
 
 
 class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed or 0:.0f} tokens/s")
+        return Text(f"{task.speed or 0:.0f} {self._unit}/s")
 
 
 @contextmanager
-def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with rate and time left, fed with (done, total) tokens."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), _Rate())
+def progress_bar(label: str, unit: str = "tokens") -> Iterator[Callable[[int, int], None]]:
+    """A bar with rate and time left, fed with (done, total)."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), _Rate(unit))
     with Progress(*columns, TimeRemainingColumn(), console=stderr, transient=True) as progress:
         task = progress.add_task(one_line(label).plain, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -18,7 +18,7 @@ _MARKERS = "osD^vP*X<>hp"
 def plot_fidelity(rows: "Sequence[Fidelity]", path: Path) -> None:
     """KL to dense against the share of the KV cache's bytes that a step reads, one line a method's name, a panel a
     text."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     panels = list(dict.fromkeys((row.text, row.context) for row in rows))
     figure, axes = pyplot.subplots(1, len(panels), figsize=(6.5 * len(panels), 5), squeeze=False, sharey=True)
     names = list(dict.fromkeys(_family(row.method) for row in rows if row.method != "dense"))
@@ -40,7 +40,7 @@ def plot_fidelity(rows: "Sequence[Fidelity]", path: Path) -> None:
         axis.grid(alpha=0.3, which="both")
     axes[0][0].set_ylabel("KL to dense, nats a token")
     axes[0][-1].legend(fontsize=8)
-    _save(pyplot, figure, path)
+    save_figure(pyplot, figure, path)
 
 
 def _family(method: str) -> str:
@@ -51,7 +51,7 @@ def _family(method: str) -> str:
 
 def plot_timings(rows: "Sequence[Timing]", path: Path) -> None:
     """Time of a token against context, one line an engine, and each one's floor dashed; a panel a batch size."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     batches = sorted({row.batch for row in rows})
     figure, axes = pyplot.subplots(1, len(batches), figsize=(6.5 * len(batches), 5), squeeze=False)
     engines = list(dict.fromkeys(row.engine for row in rows))
@@ -69,12 +69,12 @@ def plot_timings(rows: "Sequence[Timing]", path: Path) -> None:
         axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3, which="both")
     axes[0][-1].legend(fontsize=8, title="dashed: floor")
-    _save(pyplot, figure, path)
+    save_figure(pyplot, figure, path)
 
 
 def plot_speedups(speedups: dict[tuple[int, int], float], title: str, path: Path) -> None:
     """Speed-up by (batch, context): a map, each field with its number."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     batches, contexts = (sorted({key[i] for key in speedups}) for i in (0, 1))
     values = [[speedups[b, n] for n in contexts] for b in batches]
     figure, axis = pyplot.subplots(figsize=(1.5 + 1.1 * len(contexts), 1.5 + 0.6 * len(batches)))
@@ -86,21 +86,23 @@ def plot_speedups(speedups: dict[tuple[int, int], float], title: str, path: Path
     axis.set_xticks(range(len(contexts)), [f"{n:,}" for n in contexts])
     axis.set_yticks(range(len(batches)), [str(b) for b in batches])
     axis.set(xlabel="tokens in the cache", ylabel="sequences", title=title)
-    _save(pyplot, figure, path)
+    save_figure(pyplot, figure, path)
 
 
-def _pyplot() -> Any:
+def load_pyplot() -> Any:
+    """Without a screen. Raises UsageError if matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError as error:
-        raise UsageError("--plot: matplotlib is not installed; pip install 'thresher[plot]'") from error
+        raise UsageError("plots need matplotlib, which is not installed; pip install 'thresher[plot]'") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     return pyplot
 
 
-def _save(pyplot: Any, figure: Any, path: Path) -> None:
+def save_figure(pyplot: Any, figure: Any, path: Path) -> None:
+    """Whole or not at all, and let the figure go. Raises StorageError."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix or '.png'}")
     try:
         figure.savefig(temporary, dpi=150, bbox_inches="tight")

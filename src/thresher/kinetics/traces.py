@@ -17,6 +17,7 @@ from typing import Any
 
 from thresher.errors import TraceError, UsageError
 from thresher.kinetics.law import parse_reading
+from thresher.machine.cost import ModelShape
 from thresher.machine.shapes import DECODERS
 
 _NAME = re.compile(
@@ -59,7 +60,7 @@ class Question:
 @dataclass(frozen=True)
 class Trace:
     """Samples of one model that read its cache by one method. method: as `parse_reading` takes it; cap: most tokens of
-    an answer."""
+    an answer; shape: of the model, where the file has it."""
 
     model: str
     method: str
@@ -67,6 +68,7 @@ class Trace:
     cap: int
     questions: tuple[Question, ...]
     source: str = ""
+    shape: ModelShape | None = None
 
     @property
     def samples(self) -> int:
@@ -187,8 +189,26 @@ def _own(path: Path, count_tokens: Callable[[str], int] | None) -> Trace:
         except (TypeError, ValueError) as error:
             raise TraceError(f"{path}, line {number}: {error}") from None
     questions = tuple(Question(q, gold, tuple(s.values()), prompt) for q, (gold, prompt, s) in found.items())
-    method, cap = str(settings["method"]), settings["max_tokens"]
-    return _checked(Trace(str(settings["model"]), method, str(settings["task"]), cap, questions, str(path)))
+    method = str(settings["method"])
+    try:
+        cap = int(_number("max_tokens", settings["max_tokens"], 1, _MOST_TOKENS))
+    except ValueError as error:
+        raise TraceError(f"{path}, line 1: {error}") from None
+    shape = _shape(path, settings.get("shape"))
+    return _checked(Trace(str(settings["model"]), method, str(settings["task"]), cap, questions, str(path), shape))
+
+
+def _shape(path: Path, stated: Any) -> ModelShape | None:
+    """Of the settings: numbers above 0 by name; nothing where they have none."""
+    if not stated:
+        return None
+    names = ("layers", "q_heads", "kv_heads", "head_dim", "weight_bytes", "weight_count", "value_bytes")
+    try:
+        values = {name: _number(name, stated[name], 1, 1 << 50) for name in names}
+        windowed = tuple((int(n), int(w)) for n, w in stated.get("windowed", ()) if n > 0 and w > 0)
+        return ModelShape(**values, windowed=windowed)  # type: ignore[arg-type]
+    except (KeyError, TypeError, ValueError) as error:
+        raise TraceError(f"{path}, line 1: the shape of the model makes no sense: {error}") from None
 
 
 def _hint(field: str) -> str:
