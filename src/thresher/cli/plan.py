@@ -74,7 +74,7 @@ def plans(
     rows: Annotated[int, typer.Option(help="Plans that are shown.", min=1)] = 15,
     json: o.Json = None,
 ) -> None:
-    """Rank what could be run, or, with a command: cost, speculation.
+    """Rank what could be run: model, attention, samples x most tokens; TeFLOPs are Tera-eFLOPs of a question.
 
     thresher plan --model qwen3-4b,qwen3-8b --device h100 --generate 16384 --samples 1,8 --attention "dense;topk512"
 
@@ -227,31 +227,35 @@ def _checks(
 
 
 def _show(plans: "list[Plan]", title: str) -> None:
+    from rich import box
     from rich.table import Table
 
-    columns = ("samples", "most tokens", "Tera-eFLOPs", "seconds", "ms/token", "tokens/s", "GB")
-    known = [p for p in plans if p.accuracy]
     extra = [
         *(["kJ"] if any(p.joules is not None for p in plans) else []),
         *(["money"] if any(p.money is not None for p in plans) else []),
-        *(["accuracy"] if known else []),
+        *(["right"] if any(p.accuracy for p in plans) else []),
     ]
-    table = Table("model", "weights", "attention", *columns, *extra, title=title)
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("plan", no_wrap=True)
+    several = len({p.weights for p in plans}) > 1
+    for name in ("TeFLOPs", "s", "ms/tok", "tok/s", "GB", *extra):
+        table.add_column(name, justify="right", no_wrap=True)
     for p in plans:
-        values: list[Any] = [
-            p.model,
-            p.weights,
-            p.method + (f" + drafts of {p.gamma}" if p.gamma else ""),
-            str(p.samples),
-            f"{p.cap:,}",
-            *(f"{x:,.3g}" for x in (p.eflops, p.seconds, p.ms_per_token, p.tokens_per_second, p.memory / 1e9)),
-        ]
+        numbers = (p.eflops, p.seconds, p.ms_per_token, p.tokens_per_second, p.memory / 1e9)
+        drafts = f" + {p.gamma} drafted" if p.gamma else ""
+        label = f"{p.model}{f' {p.weights}' if several else ''} {p.method}{drafts}, {p.samples} x {p.cap:,}"
+        values: list[Any] = [label, *(_digits(x) for x in numbers)]
         if "kJ" in extra:
-            values.append("" if p.joules is None else f"{p.joules / 1e3:,.3g}")
+            values.append("" if p.joules is None else _digits(p.joules / 1e3))
         if "money" in extra:
-            values.append("" if p.money is None else f"{p.money:,.3g}")
-        if "accuracy" in extra:
+            values.append("" if p.money is None else _digits(p.money))
+        if "right" in extra:
             a = p.accuracy
             values.append(f"{a.mean:.3f} ({a.low:.2f} to {a.high:.2f})" if a else "")
         table.add_row(*values)
     stderr.print(table)
+
+
+def _digits(x: float) -> str:
+    """Three of them, or all before the point."""
+    return f"{x:.2e}" if x >= 1e6 else f"{x:.0f}" if x >= 100 else f"{x:.3g}"

@@ -46,6 +46,7 @@ def frontier(
     thresher scale frontier tables/*.csv --json -
     """
     import numpy as np
+    from rich.table import Column
     from rich.table import Table as Shown
 
     from thresher.kinetics.frontier import best_models, costs_between, growth, oracle_interval
@@ -71,10 +72,13 @@ def frontier(
         found["growth"] = {"none": str(error)}
     if str(json) != "-":
         ks = sorted({k for row in rows for k in row["pass_at_k"]})
-        table = Shown("model", "attention", *(f"pass@{k}" for k in ks), "tokens", "cost of 1", title="accuracy")
+        table = Shown(Column("model", no_wrap=True), title="a right one among k samples, tokens and Tera-eFLOPs of one")
+        for name in (*(f"k={k}" for k in ks), "tokens", "cost"):
+            table.add_column(name, justify="right", no_wrap=True)
         for row in rows:
             cells = [f"{row['pass_at_k'][k]:.3f}" if k in row["pass_at_k"] else "" for k in ks]
-            table.add_row(row["model"], row["method"], *cells, f"{row['tokens']:,.0f}", f"{row['cost_of_one']:,.0f}")
+            label = f"{row['model']} {row['method']}"
+            table.add_row(label, *cells, f"{row['tokens']:,.0f}", f"{row['cost_of_one']:,.4g}")
         stderr.print(table)
         shown = Shown(
             "Tera-eFLOPs", "dense", "best model", "sparse", "best model", title="frontier (oracle by question)"

@@ -10,11 +10,11 @@ from thresher.attention.base import AttentionMethod
 from thresher.errors import UsageError
 from thresher.evaluation.statistics import Interval
 from thresher.kinetics.analysis import coverage_interval, majority_interval
-from thresher.kinetics.law import Reading, Terms, run_cost, step_cost
+from thresher.kinetics.law import Reading, RunCost, Terms, drafted, run_cost, step_cost
 from thresher.kinetics.traces import Question, Trace
 from thresher.machine.cost import Cost, ModelShape
 from thresher.machine.devices import Device
-from thresher.speculation.theory import Drafter, Hardware, best_gain
+from thresher.speculation.theory import Drafter, Gain, Hardware, best_gain
 
 How = Reading | AttentionMethod
 PassSeconds = Callable[["Model", How, "Pass"], float]
@@ -85,10 +85,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to run it. cap: most tokens of an answer; eflops: of a question; seconds: until all answers to the
-    questions of a batch are there; ms_per_token: mean time of a pass; tokens_per_second: of the batch; memory: bytes of
-    weights and caches; joules, money: of a question; gamma, speedup: of drafts, 0 and 1 without; accuracy: where traces
-    tell it."""
+    """One way to run it.
+
+    cap: most tokens of an answer; eflops: Tera-eFLOPs of a question, reading the prompt and a share of the weights
+    included; seconds: until all answers to the questions of a batch are there; ms_per_token: mean time of a pass;
+    tokens_per_second: of the batch; memory: bytes of weights and caches; attention: its share of the eflops; joules,
+    money: of a question; gamma, speedup: of drafts, 0 and 1 without; accuracy: where traces tell it.
+    """
 
     model: str
     weights: str
@@ -100,6 +103,7 @@ class Plan:
     ms_per_token: float
     tokens_per_second: float
     memory: float
+    attention: float
     joules: float | None
     money: float | None
     gamma: int = 0
@@ -137,27 +141,33 @@ def plan_of(
     running = [max(1 / work.batch, samples * float(np.mean([n > t for n in lengths]))) for t in knots]
     passes = [Pass(work.batch, n, work.prompt, float(t)) for n, t in zip(running, knots, strict=True)]
     times = [machine.pass_seconds(model, how, one) for one in passes]
-    decoding, gamma, speedup = float(np.trapezoid(times, knots)), 0, 1.0
+    decoding = float(np.trapezoid(times, knots))
+    terms = replace(TERMS, batch=sequences)
+    cost = run_cost(model.shape, how, work.prompt, lengths, samples, terms)
+    gamma, speedup = 0, 1.0
     if drafter is not None and acceptance is not None:
-        gamma, speedup = _drafts(model.shape, drafter, machine, sequences, round(work.prompt + mean / 2), acceptance)
+        gain = _drafts(model.shape, drafter, machine, sequences, round(work.prompt + mean / 2), acceptance)
+        gamma, speedup = gain.gamma, gain.speedup
+        sparse = run_cost(model.shape, drafter, work.prompt, lengths, samples, replace(terms, prefill=False))
+        cost = drafted(cost, sparse, gamma, gain.tokens)
     seconds = decoding / speedup + work.batch * machine.prefill_seconds(model.shape, work.prompt)
-    cost = run_cost(model.shape, how, work.prompt, lengths, samples, replace(TERMS, batch=sequences))
     cache = work.batch * (
         model.shape.kv_bytes(work.prompt)
         + samples * (model.shape.kv_bytes(work.prompt + longest) - model.shape.kv_bytes(work.prompt))
     )
-    watts = machine.device.watts * machine.devices
+    watts, intensity = machine.device.watts * machine.devices, machine.device.intensity
     return Plan(
         model=model.name,
         weights=model.weights,
         method=str(how if drafter is None else "dense"),
         samples=samples,
         cap=cap,
-        eflops=cost.eflops(machine.device.intensity) * 1e-12,
+        eflops=cost.eflops(intensity) * 1e-12,
         seconds=seconds,
         ms_per_token=1e3 * decoding / speedup / max(longest, 1),
         tokens_per_second=sequences * mean / seconds,
         memory=model.shape.stored_bytes + cache,
+        attention=RunCost(Cost(0, 0), cost.attention).eflops(intensity) / cost.eflops(intensity),
         joules=watts * seconds / work.batch if watts == watts else None,
         money=None if machine.price is None else machine.price * seconds / 3600 / work.batch,
         gamma=gamma,
@@ -165,15 +175,12 @@ def plan_of(
     )
 
 
-def _drafts(
-    shape: ModelShape, drafter: How, machine: Machine, sequences: int, context: int, acceptance: float
-) -> tuple[int, float]:
+def _drafts(shape: ModelShape, drafter: How, machine: Machine, sequences: int, context: int, acceptance: float) -> Gain:
     if isinstance(drafter, Reading):
         made = Drafter(shape, [acceptance], None, drafter.budget)
     else:
         made = Drafter(shape, [acceptance], drafter)
-    gain = best_gain(shape, made, machine.hardware, sequences, context)
-    return gain.gamma, gain.speedup
+    return best_gain(shape, made, machine.hardware, sequences, context)
 
 
 def with_accuracy(plan: Plan, traces: Iterable[Trace], judge: str) -> Plan:
@@ -232,10 +239,15 @@ def rank(plans: Sequence[Plan], limits: Limits) -> Ranking:
 
 
 def _rival(ranked: Sequence[Plan]) -> str:
-    """What the next one differs in."""
+    """What it costs, and what the next one does."""
+    best = ranked[0]
+    why = f": {100 * best.attention:.0f} % of what it costs is attention"
     if len(ranked) < 2:
-        return ""
-    return f", {ranked[1].seconds / max(ranked[0].seconds, 1e-12):.2f} times less than {ranked[1]}"
+        return why
+    factor = ranked[1].seconds / max(best.seconds, 1e-12)
+    return (
+        f"{why}, where {ranked[1]} spends {100 * ranked[1].attention:.0f} % on it and takes {factor:.2f} times as long"
+    )
 
 
 def _mean(plan: Plan) -> float:
