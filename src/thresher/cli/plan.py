@@ -257,5 +257,5 @@ def _show(plans: "list[Plan]", title: str) -> None:
 
 
 def _digits(x: float) -> str:
-    """Three of them, or all before the point."""
-    return f"{x:.2e}" if x >= 1e6 else f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+    """All before the point, and some behind it of small numbers."""
+    return f"{x:.2e}" if x >= 1e6 else f"{x:.0f}" if x >= 10 else f"{x:.3g}"

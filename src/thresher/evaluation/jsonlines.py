@@ -43,7 +43,8 @@ class JsonLines:
         except OSError as error:
             raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
         try:
-            self._open(path, self._file, dict(settings), read)
+            as_read: dict[str, Any] = json.loads(json.dumps(dict(settings)))  # a tuple is a list in the file
+            self._open(path, self._file, as_read, read)
         except BaseException:
             self.close()
             raise
@@ -58,7 +59,7 @@ class JsonLines:
         data, begin = path.read_bytes(), b'{"%s"' % self._kind.encode()
         whole = data[: data.rfind(b"\n") + 1]
         lines = whole.split(b"\n")[:-1]
-        if not lines and not data.startswith(begin) and not begin.startswith(data):
+        if not data.startswith(begin) and not begin.startswith(data):
             raise UsageError(f"{path} is not {self._name}; give another {self._option}")
         if not lines:
             os.ftruncate(file, 0)

@@ -14,7 +14,8 @@ from thresher.kinetics.law import Reading, RunCost, Terms, drafted, run_cost, st
 from thresher.kinetics.traces import Question, Trace
 from thresher.machine.cost import Cost, ModelShape
 from thresher.machine.devices import Device
-from thresher.speculation.theory import Drafter, Gain, Hardware, best_gain
+from thresher.speculation.policy import expected_tokens
+from thresher.speculation.theory import MOST_GAMMA, Hardware
 
 How = Reading | AttentionMethod
 PassSeconds = Callable[["Model", How, "Pass"], float]
@@ -67,6 +68,17 @@ class Machine:
         hardware = self.hardware
         cost = step_cost(model.shape, how, one.prompt, one.produced, one.samples, one.questions)
         return cost.seconds(hardware.flops, hardware.bandwidth, self.additive) + self.overhead
+
+    def more_tokens_seconds(self, model: Model, one: Pass, tokens: int) -> float:
+        """What `tokens` further new tokens of every sequence add to a dense pass."""
+        hardware = self.hardware
+        cost = step_cost(model.shape, Reading(), one.prompt, one.produced, one.samples, one.questions)
+        more = RunCost(
+            Cost(cost.linear.flops * (tokens + 1), cost.linear.bytes),
+            Cost(cost.attention.flops * (tokens + 1), cost.attention.bytes),
+        )
+        rates = (hardware.flops, hardware.bandwidth, self.additive and not self.measured)
+        return more.seconds(*rates) - cost.seconds(*rates)
 
     def prefill_seconds(self, shape: ModelShape, prompt: float) -> float:
         by_query = 4.0 * shape.layers * shape.q_heads * shape.head_dim
@@ -144,12 +156,12 @@ def plan_of(
     decoding = float(np.trapezoid(times, knots))
     terms = replace(TERMS, batch=sequences)
     cost = run_cost(model.shape, how, work.prompt, lengths, samples, terms)
-    gamma, speedup = 0, 1.0
+    gamma, tokens, speedup = 0, 1.0, 1.0
     if drafter is not None and acceptance is not None:
-        gain = _drafts(model.shape, drafter, machine, sequences, round(work.prompt + mean / 2), acceptance)
-        gamma, speedup = gain.gamma, gain.speedup
+        half = Pass(work.batch, samples, work.prompt, mean / 2)
+        gamma, tokens, speedup = _best_drafts(model, drafter, machine, half, acceptance)
         sparse = run_cost(model.shape, drafter, work.prompt, lengths, samples, replace(terms, prefill=False))
-        cost = drafted(cost, sparse, gamma, gain.tokens)
+        cost = drafted(cost, sparse, gamma, tokens)
     seconds = decoding / speedup + work.batch * machine.prefill_seconds(model.shape, work.prompt)
     cache = work.batch * (
         model.shape.kv_bytes(work.prompt)
@@ -175,12 +187,18 @@ def plan_of(
     )
 
 
-def _drafts(shape: ModelShape, drafter: How, machine: Machine, sequences: int, context: int, acceptance: float) -> Gain:
-    if isinstance(drafter, Reading):
-        made = Drafter(shape, [acceptance], None, drafter.budget)
-    else:
-        made = Drafter(shape, [acceptance], drafter)
-    return best_gain(shape, made, machine.hardware, sequences, context)
+def _best_drafts(
+    model: Model, drafter: How, machine: Machine, one: Pass, acceptance: float
+) -> tuple[int, float, float]:
+    """Length of drafts that gains most, tokens of a step, speed-up: 0, 1 and 1 where none gains."""
+    plain = machine.pass_seconds(model, Reading(), one)
+    draft = machine.pass_seconds(model, drafter, one)
+    found = [(0, 1.0, 1.0)]
+    for gamma in range(1, MOST_GAMMA + 1):
+        tokens = expected_tokens([acceptance] * gamma)
+        verify = plain + machine.more_tokens_seconds(model, one, gamma)
+        found.append((gamma, tokens, tokens * plain / (gamma * draft + verify)))
+    return max(found, key=lambda f: f[2])
 
 
 def with_accuracy(plan: Plan, traces: Iterable[Trace], judge: str) -> Plan:
