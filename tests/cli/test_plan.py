@@ -100,12 +100,10 @@ def _broken(folder):
     return path
 
 
-def test_this_machine_is_timed_and_checked(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("thresher.evaluation.calibrate.CONTEXTS", (512, 1024))
-    monkeypatch.setattr("thresher.evaluation.calibrate._WEIGHTS", 1 << 24)
+def test_this_machine_is_timed_and_checked(tiny_folder):
     command = ("plan", "--model", tiny_folder, "--weights", "float32", "--prompt", 100, "--generate", 50)
     found = parsed(*command, "--attention", "dense", "--samples", "1,2", "--check")
-    assert [p["samples"] for p in found["plans"]] == [1, 2]
+    assert sorted(p["samples"] for p in found["plans"]) == [1, 2]
     assert [(c["context"], c["batch"]) for c in found["check"]] == [(100, 1), (100, 2), (150, 1), (150, 2)]
     assert all(c["measured_ms"] > 0 and c["predicted_ms"] > 0 for c in found["check"])
     fails(2, "an oracle does not run here", *command, "--attention", "topk64")

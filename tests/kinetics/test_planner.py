@@ -4,15 +4,14 @@ import pytest
 
 from thresher.attention.registry import parse_method
 from thresher.errors import UsageError
-from thresher.evaluation.calibrate import Calibration, Line
+from thresher.evaluation.calibrate import Calibration, calibrate
 from thresher.kinetics.check import measured_seconds
 from thresher.kinetics.law import DENSE, Reading
 from thresher.kinetics.planner import Limits, Machine, Model, Pass, Work, cut, plan_of, rank, with_accuracy
 from thresher.kinetics.traces import Question, Sample, Trace
-from thresher.machine.cost import attention_cost
 from thresher.machine.devices import device
 from thresher.machine.profile import MachineProfile
-from thresher.machine.shapes import DECODERS
+from thresher.machine.shapes import DECODERS, Decoder
 
 QWEN = Model("qwen3-8b", "bf16", DECODERS["qwen3-8b"].shape())
 SMALL = Model("qwen3-0.6b", "bf16", DECODERS["qwen3-0.6b"].shape())
@@ -144,17 +143,41 @@ def test_answers_beyond_the_cap_are_wrong():
         rank([], Limits())
 
 
-def test_times_by_kernels():
-    model, rates = SMALL, {1: 1e9, 8: 2e9}
-    lines = {"dense": Line(1e-5, 1e-9), "auto": Line(2e-5, 2e-9)}
-    seconds = measured_seconds({model: Calibration(MachineProfile(1, 1, 1), rates, lines)})
-    shape, size = model.shape, attention_cost(model.shape, 1000).bytes
-    linear = shape.weight_bytes / 1e9
-    assert seconds(model, DENSE, Pass(1, 1, 1000, 0)) == pytest.approx(linear + shape.layers * 1e-5 + size * 1e-9)
-    eight = shape.weight_bytes / 2e9 + 8 * (shape.layers * 1e-5 + size * 1e-9)
-    assert seconds(model, DENSE, Pass(8, 1, 1000, 0)) == pytest.approx(eight)
-    shared = shape.weight_bytes / 2e9 + 8 * shape.layers * 1e-5 + size * 1e-9
-    assert seconds(model, DENSE, Pass(1, 8, 1000, 0)) == pytest.approx(shared)
+def test_times_by_what_was_timed():
+    shape, profile = SMALL.shape, MachineProfile(1, 1, 1)
+    per_token = shape.kv_bytes_per_token
+    lines = {"dense": [(512.0 * per_token, 0.001), (8192.0 * per_token, 0.016)], "auto": [(1e6, 0.002)]}
+    known = Calibration(profile, {1: 0.1, 8: 0.2}, lines, {"dense": 0, "auto": 2048}, {"dense": 0.5, "auto": 1.0})
+    seconds = measured_seconds({SMALL: known})
+    assert seconds(SMALL, DENSE, Pass(1, 1, 512, 0)) == pytest.approx(0.101)
+    assert seconds(SMALL, DENSE, Pass(1, 1, 256, 0)) == pytest.approx(0.1005)
+    middle = 0.001 + 0.015 * (4000 - 512) / (8192 - 512)
+    assert seconds(SMALL, DENSE, Pass(1, 1, 4000, 0)) == pytest.approx(0.1 + middle)
+    assert seconds(SMALL, DENSE, Pass(8, 1, 8192, 0)) == pytest.approx(0.2 + 4 * 0.016)
+    assert seconds(SMALL, DENSE, Pass(1, 1, 16384 - 512, 0)) == pytest.approx(0.1 + 0.016 + 0.015)
+    # Samples of one prompt read its rows once.
+    assert seconds(SMALL, DENSE, Pass(1, 8, 4096, 0)) == pytest.approx(0.2 + 4 * 0.001)
+    assert seconds(SMALL, DENSE, Pass(16, 1, 0, 0)) == pytest.approx(0.4)
     method = parse_method("auto")
-    sparse = linear + shape.layers * 2e-5 + method.cost(shape, 8192).bytes * 2e-9
-    assert seconds(model, method, Pass(1, 1, 8192, 0)) == pytest.approx(sparse)
+    assert seconds(SMALL, method, Pass(1, 1, 512, 0)) == pytest.approx(0.101)  # read densely
+    assert seconds(SMALL, method, Pass(1, 1, 16384, 0)) == pytest.approx(
+        0.1 + 0.002 * method.cost(shape, 16384).bytes / 1e6, rel=1e-6
+    )
+
+
+def test_layers_are_timed():
+    decoder = Decoder(6, 4, 2, 64, 128, 512)
+    method = parse_method("streaming:sinks=1,window=32")
+    found = calibrate(decoder, "float32", [method], [1, 3], contexts=(64, 512))
+    assert found.passes[1] > 0
+    assert set(found.passes) == {1, 3}
+    assert [size for size, _ in found.attention["dense"]] == [n * 6 * 2 * 2 * 16 * 4 for n in (64, 512)]
+    assert len(found.attention[str(method)]) == 2
+    assert 0 < found.together["dense"] <= 1.5
+    sparse = parse_method("topk:budget=16")
+    assert calibrate(decoder, "bf16", [sparse], [1], contexts=(64,)).dense_up_to[str(sparse)] == 1 << 62
+    for wrong in (replace(decoder, experts=4, experts_used=1), replace(decoder, recurrent=2)):
+        with pytest.raises(UsageError, match="not timed"):
+            calibrate(wrong, "bf16", [], [1], [64])
+    with pytest.raises(UsageError, match="computes in"):
+        calibrate(decoder, "fp8", [], [1], [64])

@@ -7,7 +7,7 @@ import typer
 from thresher.cli import options as o
 from thresher.cli.plan_cost import cost
 from thresher.cli.plan_speculation import speculation
-from thresher.cli.planned import Device, lengths_in, planned_shape
+from thresher.cli.planned import Device, lengths_in, planned_decoder, planned_shape
 from thresher.cli.terminal import say, stderr, write_json
 from thresher.errors import UsageError
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from thresher.kinetics.law import Reading
     from thresher.kinetics.planner import How, Machine, Model, Plan
     from thresher.kinetics.traces import Trace
+
+_LONGEST_TIMED = 32768  # tokens: beyond, time grows with the bytes
 
 plan = typer.Typer(help="Know what it will cost before you run it.", invoke_without_command=True)
 
@@ -105,7 +107,8 @@ def plans(
     ]
     machine = _machine(device, devices, efficiency, not overlapped, price)
     if device == "this":
-        machine = _calibrated(machine, models, readings, sorted({1, *(n * batch for n in counts)}))
+        at_once = sorted({1, *(n * batch for n in counts)})
+        machine = _calibrated(machine, models, readings, at_once, prompt + max(caps))
     given = lengths_in(lengths) if lengths else None
     made: list[Plan] = []
     for one in models:
@@ -152,13 +155,15 @@ def _machine(name: str, devices: int, efficiency: float, additive: bool, price: 
         return Machine(known_device(name), devices, efficiency, additive, price=price)
     if devices != 1 or efficiency != 1:
         raise UsageError("--device this is one device, and its rates are measured")
-    # Rates follow when kernels are timed.
+    # Rates follow when layers are timed.
     here = Known("this", 1.0, 1.0, float(available_memory()), float("nan"), "")
     return replace(Machine(here), price=price)
 
 
-def _calibrated(machine: "Machine", models: "list[Model]", readings: "list[How]", sequences: list[int]) -> "Machine":
-    """With kernels timed at the shapes of the models."""
+def _calibrated(
+    machine: "Machine", models: "list[Model]", readings: "list[How]", sequences: list[int], longest: int
+) -> "Machine":
+    """With layers timed that have the shapes of the models, up to so many tokens of context."""
     from dataclasses import replace
 
     from thresher.attention.base import AttentionMethod
@@ -166,18 +171,21 @@ def _calibrated(machine: "Machine", models: "list[Model]", readings: "list[How]"
     from thresher.kinetics.check import measured_seconds
     from thresher.kinetics.law import Reading
 
+    for reading in readings:
+        if isinstance(reading, Reading) and reading != Reading():
+            raise UsageError(f"attention {reading}: an oracle does not run here; use a method of `thresher methods`")
+    methods = [r for r in readings if isinstance(r, AttentionMethod)]
+    top = max(64, min(longest, _LONGEST_TIMED))
+    contexts = sorted({min(512, top), max(64, top // 4), top})
     found: dict[Model, Calibration] = {}
     for model in models:
-        for reading in readings:
-            if isinstance(reading, Reading) and reading != Reading():
-                raise UsageError(
-                    f"attention {reading}: an oracle does not run here; use a method of `thresher methods`"
-                )
-        if model.weights not in ("bf16", "int8", "float32"):
-            raise UsageError(f"--weights {model.weights}: this machine computes in bf16, int8 and float32")
-        methods = [r for r in readings if isinstance(r, AttentionMethod)]
-        with stderr.status(f"timing kernels at the shape of {model.name}"):
-            found[model] = calibrate(model.shape, model.weights, methods, sequences, lambda message: None)
+        with stderr.status(f"{model.name}: timing layers of its shape") as status:
+
+            def tell(message: str, name: str = model.name, status: Any = status) -> None:
+                status.update(f"{name}: {message}")
+
+            decoder = planned_decoder(model.name)
+            found[model] = calibrate(decoder, model.weights, methods, sequences, contexts, tell)
     profile = next(iter(found.values())).profile
     device = replace(machine.device, flops=profile.matmul, bandwidth=profile.read)
     return replace(machine, device=device, measured=measured_seconds(found))
@@ -201,6 +209,7 @@ def _checks(
     machine: "Machine",
     device: str,
 ) -> "list[Check]":
+    from rich import box
     from rich.table import Table
 
     from thresher.kinetics.check import check_passes
@@ -210,7 +219,10 @@ def _checks(
     contexts = sorted({max(1, prompt), prompt + max(caps)})
     sequences = sorted({n * batch for n in counts})
     found = [c for m in models for c in check_passes(m, readings, contexts, sequences, machine, say)]
-    table = Table("model", *("attention", "tokens", "batch", "predicted ms", "measured ms", "error"), title="passes")
+    table = Table(title="one pass", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", overflow="fold", ratio=1)
+    for name in ("tokens", "batch", "predicted ms", "measured ms", "error"):
+        table.add_column(name, justify="right", no_wrap=True)
     for c in found:
         numbers = (
             f"{c.context:,}",
@@ -219,7 +231,7 @@ def _checks(
             f"{c.measured_ms:.1f}",
             f"{100 * c.error:+.0f} %",
         )
-        table.add_row(c.model, c.method, *numbers)
+        table.add_row(f"{c.model} {c.method}", *numbers)
     stderr.print(table)
     errors = sorted(abs(c.error) for c in found)
     say(f"median error {100 * errors[len(errors) // 2]:.0f} % of {len(errors)} passes", style="bold")
@@ -236,7 +248,7 @@ def _show(plans: "list[Plan]", title: str) -> None:
         *(["right"] if any(p.accuracy for p in plans) else []),
     ]
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("plan", no_wrap=True)
+    table.add_column("plan", overflow="fold", ratio=1)
     several = len({p.weights for p in plans}) > 1
     for name in ("TeFLOPs", "s", "ms/tok", "tok/s", "GB", *extra):
         table.add_column(name, justify="right", no_wrap=True)

@@ -16,23 +16,20 @@ _READ = 6000  # tokens that are read; longer contexts are filled with rows drawn
 
 
 def measured_seconds(found: Mapping[Model, Calibration]) -> PassSeconds:
-    """The time of a pass by kernels that were timed."""
+    """The time of a pass by what was timed."""
 
     def seconds(model: Model, how: How, one: Pass) -> float:
-        known, sequences = found[model], one.questions * one.samples
-        step = step_cost(model.shape, how, one.prompt, one.produced, one.samples, one.questions).attention
-        bounded = bounded_cost(model.shape, one.prompt + one.produced).times(sequences)
-        size = step.bytes - bounded.bytes
-        taken = known.linear_seconds(model.shape, sequences)
-        taken += known.attention_seconds(_name(how), model.shape.layers, size, sequences)
-        layers = sum(n for n, _ in model.shape.windowed)
-        return taken + known.attention_seconds("dense", layers, bounded.bytes, sequences)
+        known, shape, context = found[model], model.shape, one.prompt + one.produced
+        sequences = one.questions * one.samples
+        step = step_cost(shape, how, one.prompt, one.produced, one.samples, one.questions).attention
+        bounded = bounded_cost(shape, context).bytes
+        name = str(how) if isinstance(how, AttentionMethod) else "dense"
+        taken = known.pass_seconds(sequences)
+        if shape.layers:
+            taken += known.attention_seconds(name, context, step.bytes / sequences - bounded, sequences)
+        return taken + (known.attention_seconds("dense", 0, bounded, sequences) if bounded else 0.0)
 
     return seconds
-
-
-def _name(how: How) -> str:
-    return str(how) if isinstance(how, AttentionMethod) else "dense"
 
 
 @dataclass(frozen=True)
