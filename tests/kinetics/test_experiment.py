@@ -115,13 +115,13 @@ def test_seeds_are_those_of_the_request():
 
 def test_chunks_keep_order_and_bounds():
     rounds = [Round(p, 0, n) for p, n in zip(PROBLEMS, (3, 3, 70, 1), strict=True)]
-    assert [[r.count for r in part] for part in chunks(rounds)] == [[3, 3], [70], [1]]
-    assert list(chunks([])) == []
+    assert [[r.count for r in part] for part in chunks(rounds, 64)] == [[3, 3], [70], [1]]
+    assert list(chunks([], 64)) == []
 
 
 def test_sparse_answers_and_failures(llm):
     found = list(answer(llm, experiment(method="topk:budget=64"), [Round(PROBLEMS[0], 0, 2)]))
-    assert [e["sample"] for e in sorted(found, key=lambda e: e["sample"])] == [0, 1]
+    assert sorted(entry["sample"] for _, entry in found) == [0, 1]
     with pytest.raises(UsageError):
         list(answer(llm, experiment(method="nothing"), [Round(PROBLEMS[0], 0, 1)]))
 

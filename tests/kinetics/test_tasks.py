@@ -111,7 +111,7 @@ def test_files_of_problems(tmp_path):
     listed = tmp_path / "math.json"
     listed.write_text(json.dumps([{"id": "m1", "problem": "p", "solution": "so \\boxed{1} or \\boxed{\\frac{1}{3}}"}]))
     assert read_problems(listed)[0] == Problem(
-        "m1", "p Think step by step, and put the final answer in \\boxed{}.", "\\boxed{\\frac{1}{3}}"
+        "m1", "p Think step by step, briefly, and put the final answer in \\boxed{}.", "\\boxed{\\frac{1}{3}}"
     )
     for text, message in (
         ('{"question": "a"}', "line 1: no question"),

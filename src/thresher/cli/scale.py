@@ -37,6 +37,9 @@ def run(
     temperature: Annotated[
         float, typer.Option(help="Of sampling; top-p is 0.95 and top-k 20, as Kinetics has it.")
     ] = 0.6,
+    ask: Annotated[
+        str, typer.Option(help="What is said behind each problem.")
+    ] = "Think step by step, briefly, and put the final answer in \\boxed{}.",
     seed: Annotated[int, typer.Option(help="Of the problems, and of the samples.", min=0)] = 0,
     stop: Annotated[
         str,
@@ -80,9 +83,9 @@ def run(
     if ray and processes > 1:
         raise UsageError("--processes and --ray: give one of them")
     if task in GENERATED:
-        problems, name = generate(task, questions, difficulty, seed), f"{task}{difficulty}"
+        problems, name = generate(task, questions, difficulty, seed, ask), f"{task}{difficulty}"
     else:
-        problems, name = read_problems(Path(task), questions), Path(task).stem
+        problems, name = read_problems(Path(task), questions, ask), Path(task).stem
     each = threads or max(1, available_cores() // processes)
     torch.set_num_threads(each)
     out.mkdir(parents=True, exist_ok=True)
@@ -98,6 +101,7 @@ def run(
             max_tokens,
             temperature,
             seed=seed,
+            ask=ask,
             stopping=stopping,
             shape=asdict(llm.runner.shape),
         )

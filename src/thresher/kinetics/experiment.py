@@ -10,21 +10,23 @@ from typing import TYPE_CHECKING, Any
 from thresher.errors import UsageError
 from thresher.evaluation.jsonlines import JsonLines
 from thresher.kinetics.adaptive import Stopping
-from thresher.kinetics.tasks import Problem, judge
+from thresher.kinetics.tasks import ASK, Problem, judge
 from thresher.kinetics.traces import Sample, sample_of
 
 if TYPE_CHECKING:
     from thresher.engine.llm import LLM
 
 Entry = dict[str, Any]
-_AT_ONCE = 64  # sequences that decode together
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What changes an answer. model: its name; method: as `parse_method` takes it; max_tokens: of an answer; shape: the
-    fields of its ModelShape, by which traces have a cost; the rest as SamplingParams, by default what Kinetics samples
-    with."""
+    """What changes an answer.
+
+    model: its name; method: as `parse_method` takes it; max_tokens: of an answer; ask: what is said behind a problem;
+    shape: the fields of its ModelShape, by which traces have a cost; the rest as SamplingParams, by default what
+    Kinetics samples with.
+    """
 
     model: str
     task: str
@@ -36,6 +38,7 @@ class Experiment:
     top_k: int = 20
     seed: int = 0
     framing: str = "chat"
+    ask: str = ASK
     stopping: Stopping = field(default_factory=Stopping)
     shape: dict[str, Any] = field(default_factory=dict)
 
@@ -96,9 +99,9 @@ def rounds_left(
     return found
 
 
-def answer(llm: "LLM", experiment: Experiment, rounds: Sequence[Round]) -> Iterator[Entry]:
-    """The samples of some requests, as they end: entries of a trace. All decode together. Raises UsageError if an
-    answer failed."""
+def answer(llm: "LLM", experiment: Experiment, rounds: Sequence[Round]) -> Iterator[tuple[Problem, Entry]]:
+    """The samples of some requests as they end: entries of a trace, but for score and answer. All decode together.
+    Raises what ended an answer."""
     from thresher.decoding.sampling import SamplingParams
 
     params = [
@@ -127,23 +130,29 @@ def answer(llm: "LLM", experiment: Experiment, rounds: Sequence[Round]) -> Itera
             continue
         if event.error:
             raise event.error
-        one, text = rounds[event.request], "".join(texts.pop(key))
-        found, score = judge(one.problem, text)
-        yield {
-            "question": one.problem.key,
-            "gold": one.problem.gold,
-            "sample": one.first + event.sample,
-            "length": tokens.pop(key),
-            "score": score,
-            "answer": found,
-            "ended": event.finish_reason == "stop",
-            "prompt": prompts.get(event.request),
-            "seconds": round(time.perf_counter() - begin, 3),
-            "text": text,
-        }
+        one = rounds[event.request]
+        yield (
+            one.problem,
+            {
+                "question": one.problem.key,
+                "gold": one.problem.gold,
+                "sample": one.first + event.sample,
+                "length": tokens.pop(key),
+                "ended": event.finish_reason == "stop",
+                "prompt": prompts.get(event.request),
+                "seconds": round(time.perf_counter() - begin, 3),
+                "text": "".join(texts.pop(key)),
+            },
+        )
 
 
-def chunks(rounds: Sequence[Round], at_once: int = _AT_ONCE) -> Iterator[list[Round]]:
+def judged(problem: Problem, entry: Entry) -> Entry:
+    """With answer and score. Only in a process's main thread."""
+    found, score = judge(problem, entry["text"])
+    return entry | {"answer": found, "score": score}
+
+
+def chunks(rounds: Sequence[Round], at_once: int) -> Iterator[list[Round]]:
     """Requests that fit into so many sequences, at least one each."""
     part: list[Round] = []
     for one in rounds:

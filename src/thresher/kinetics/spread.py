@@ -1,5 +1,7 @@
 """Where samples are taken: in this process, in several on this machine, or on the machines of a Ray cluster."""
 
+import queue
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache, partial
@@ -9,18 +11,56 @@ from typing import TYPE_CHECKING
 import torch
 
 from thresher.errors import UsageError
-from thresher.kinetics.experiment import Entry, Experiment, Round, Run, answer, chunks
+from thresher.kinetics.experiment import Entry, Experiment, Round, Run, answer, chunks, judged
+from thresher.kinetics.tasks import Problem
 
 if TYPE_CHECKING:
     from thresher.engine.llm import LLM
 
+AT_ONCE = 64  # sequences that decode together
+_ASKING = 4  # threads that ask for them
+
 
 def here(llm: "LLM", experiment: Experiment) -> Run:
-    """One sample after another, as they end."""
+    """One sample after another, as they end. Threads ask for a few questions each, so that where one has only its
+    longest answers left the others fill the passes."""
 
     def run(rounds: Sequence[Round]) -> Iterator[Entry]:
-        for part in chunks(rounds):
-            yield from answer(llm, experiment, part)
+        parts: queue.SimpleQueue[list[Round]] = queue.SimpleQueue()
+        for part in chunks(rounds, AT_ONCE // _ASKING):
+            parts.put(part)
+        done: queue.SimpleQueue[tuple[Problem, Entry] | Exception | None] = queue.SimpleQueue()
+        left = threading.Event()
+
+        def ask() -> None:
+            try:
+                while not left.is_set():
+                    for entry in answer(llm, experiment, parts.get_nowait()):
+                        done.put(entry)
+                        if left.is_set():
+                            return
+            except queue.Empty:
+                pass
+            except Exception as error:
+                done.put(error)
+            finally:
+                done.put(None)
+
+        threads = [threading.Thread(target=ask, daemon=True) for _ in range(_ASKING)]
+        for thread in threads:
+            thread.start()
+        try:
+            running = len(threads)
+            while running:
+                found = done.get()
+                if isinstance(found, Exception):
+                    raise found
+                if found is None:
+                    running -= 1
+                else:
+                    yield judged(*found)
+        finally:
+            left.set()
 
     return run
 
@@ -73,7 +113,7 @@ def on_ray(source: str, experiment: Experiment, address: str | None, threads: in
 
 def answered(source: str, experiment: Experiment, threads: int, rounds: Sequence[Round]) -> list[Entry]:
     """The samples of some requests, in a process that keeps its model."""
-    return list(answer(_loaded(source, experiment.weights, threads), experiment, rounds))
+    return [judged(*found) for found in answer(_loaded(source, experiment.weights, threads), experiment, rounds)]
 
 
 @cache
@@ -87,4 +127,4 @@ def _loaded(source: str, weights: str, threads: int) -> "LLM":
 def _dealt(rounds: Sequence[Round], workers: int) -> list[list[Round]]:
     """Chunks, at least one for each worker where there are requests enough."""
     most = max(1, -(-sum(r.count for r in rounds) // workers))
-    return list(chunks(rounds, min(64, most)))
+    return list(chunks(rounds, min(AT_ONCE, most)))

@@ -16,7 +16,7 @@ from typing import Any
 from thresher.errors import TraceError, UsageError
 
 GENERATED = ("sums", "countdown")
-ASK = "Think step by step, and put the final answer in \\boxed{}."
+ASK = "Think step by step, briefly, and put the final answer in \\boxed{}."
 _OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -35,9 +35,9 @@ class Problem:
     numbers: tuple[int, ...] = ()
 
 
-def generate(task: str, count: int, difficulty: int, seed: int = 0) -> list[Problem]:
+def generate(task: str, count: int, difficulty: int, seed: int = 0, ask: str = ASK) -> list[Problem]:
     """Problems that are all different. sums: `difficulty` operations on numbers up to 20, to a whole number; countdown:
-    a number to be made of `difficulty + 1` others. Raises UsageError."""
+    a number to be made of `difficulty + 1` others. ask: what is said behind the problem. Raises UsageError."""
     if task not in GENERATED:
         raise UsageError(f"task '{task}': choose from {', '.join(GENERATED)}, or give a file of problems")
     if not (1 <= difficulty <= 10 and 1 <= count <= 100_000):
@@ -45,16 +45,16 @@ def generate(task: str, count: int, difficulty: int, seed: int = 0) -> list[Prob
     rng = random.Random(f"{task} {difficulty} {seed}")
     made: dict[str, Problem] = {}
     for _ in range(200 * count):
-        problem = _sum(rng, difficulty) if task == "sums" else _countdown(rng, difficulty)
+        problem = (_sum if task == "sums" else _countdown)(rng, difficulty, ask)
         made.setdefault(problem.text, problem)
         if len(made) == count:
             return [Problem(f"{task}{difficulty}-{i}", p.text, p.gold, p.numbers) for i, p in enumerate(made.values())]
     raise UsageError(f"task {task} of difficulty {difficulty} has not {count} different questions")
 
 
-def _sum(rng: random.Random, operations: int) -> Problem:
+def _sum(rng: random.Random, operations: int, ask: str) -> Problem:
     text, value = _expression(rng, operations)
-    return Problem("", f"Calculate {text}. {ASK}", str(value))
+    return Problem("", f"Calculate {text}. {ask}", str(value))
 
 
 def _expression(rng: random.Random, operations: int) -> tuple[str, int]:
@@ -71,7 +71,7 @@ def _expression(rng: random.Random, operations: int) -> tuple[str, int]:
     return f"{a} {sign} {b}", {"+": x + y, "-": x - y, "*": x * y}[sign]
 
 
-def _countdown(rng: random.Random, operations: int) -> Problem:
+def _countdown(rng: random.Random, operations: int, ask: str) -> Problem:
     """The number is what some expression of all the others gives, so that it can be made."""
     while True:
         numbers = tuple(rng.randint(1, 25) for _ in range(operations + 1))
@@ -82,11 +82,11 @@ def _countdown(rng: random.Random, operations: int) -> Problem:
         if 1 <= values[0] <= 200 and values[0] not in numbers:
             break
     listed = ", ".join(map(str, numbers))
-    text = f"Use the numbers {listed}, each exactly once, with +, -, * and / to make {values[0]}. {ASK}"
+    text = f"Use the numbers {listed}, each exactly once, with +, -, * and / to make {values[0]}. {ask}"
     return Problem("", text, str(values[0]), numbers)
 
 
-def read_problems(path: Path, limit: int | None = None) -> list[Problem]:
+def read_problems(path: Path, limit: int | None = None, ask: str = ASK) -> list[Problem]:
     """A file of JSON lines, or a JSON list, of GSM8K (question, answer with ####), MATH (problem, solution or answer)
     or AIME (problem or question, answer). Raises TraceError that names the line."""
     try:
@@ -109,7 +109,7 @@ def read_problems(path: Path, limit: int | None = None) -> list[Problem]:
         gold = _gold(entry) if isinstance(entry, dict) else None
         if not isinstance(text, str) or not text.strip() or gold is None:
             raise TraceError(f"{path}, line {number}: no question (or problem) with an answer (or boxed solution)")
-        found.append(Problem(str(entry.get("id", number)), f"{text.strip()} {ASK}", gold))
+        found.append(Problem(str(entry.get("id", number)), f"{text.strip()} {ask}", gold))
     if not found:
         raise TraceError(f"{path}: no problems")
     return found
