@@ -142,6 +142,10 @@ def test_cells_of_a_trace_are_those_of_the_law():
     assert (one.accuracy, two.accuracy) == (0.25, 0.5)
     assert two.compute == pytest.approx(2 * one.compute)
     assert one.length == 50
+    ours = replace(trace, method="topk:window=8,budget=52")
+    (priced,), (free,) = (trace_cells(ours, shape, 100.0, [1], oracle_search=oracle) for oracle in (False, True))
+    assert (free.compute, free.memory) == (one.compute, one.memory)
+    assert priced.memory > free.memory
     with pytest.raises(UsageError, match="has no prompt length"):
         list(trace_cells(replace(trace, questions=(replace(trace.questions[0], prompt=None),)), shape, 1.0, [1]))
 

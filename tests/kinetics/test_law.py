@@ -12,6 +12,7 @@ from thresher.kinetics.law import (
     PAPER,
     Reading,
     Terms,
+    as_oracle,
     attended,
     drafted,
     expected_longest,
@@ -234,6 +235,13 @@ def test_readings_as_text():
     for nothing in ([], [-1]):
         with pytest.raises(UsageError, match="at least one length"):
             run_cost(SMALL, DENSE, 1, nothing)
+
+
+def test_our_top_k_with_a_search_that_costs_nothing():
+    assert as_oracle(parse_method("topk:window=8,budget=16")) == Reading(28)
+    for other in ("auto", "topk:budget=0.1", "quest"):
+        assert as_oracle(parse_method(other)) == parse_method(other)
+    assert as_oracle(DENSE) is DENSE
 
 
 def test_prompt_of_a_stated_cost():

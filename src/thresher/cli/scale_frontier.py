@@ -19,6 +19,9 @@ Files = Annotated[
     list[Path],
     typer.Argument(help="Result tables (.csv) or traces (.jsonl), or folders of them.", show_default=False),
 ]
+OracleSearch = Annotated[
+    bool, typer.Option("--oracle-search", help="Finding the best keys costs our topk nothing, as the paper counts.")
+]
 Tokenizer = Annotated[
     str | None, typer.Option(help="A model whose tokenizer counts the tokens of traces without lengths.")
 ]
@@ -37,6 +40,7 @@ def frontier(
         bool, typer.Option("--all", help="Also tables whose costs are doubted, and second ones of the same settings.")
     ] = False,
     tokenizer: Tokenizer = None,
+    oracle_search: OracleSearch = False,
     resamples: Annotated[int, typer.Option(help="Of intervals.", min=10, max=100_000)] = 300,
     json: o.Json = None,
 ) -> None:
@@ -52,7 +56,7 @@ def frontier(
     from thresher.kinetics.frontier import best_models, costs_between, growth, oracle_interval
 
     tables, traces = load(files, tokenizer, all_tables)
-    grid = grid_by(tables, traces, intensity_of(device))
+    grid = grid_by(tables, traces, intensity_of(device), oracle_search)
     at = np.array(sorted(_amounts(costs))) if costs else costs_between(least, most)
     rows = [_row(grid, model, method, at, traces, resamples) for model, method in _pairs(grid)]
     found: dict[str, Any] = {"device": device, "costs": at.tolist(), "questions": len(grid.questions), "models": rows}
@@ -139,7 +143,7 @@ def _counter(tokenizer: str) -> Any:
     return lambda text: len(known.encode(text, add_special_tokens=False))
 
 
-def grid_by(tables: "list[Table]", traces: "list[Trace]", intensity: float) -> "Grid":
+def grid_by(tables: "list[Table]", traces: "list[Trace]", intensity: float, oracle_search: bool) -> "Grid":
     """Everything on one device of so many operations a byte: costs of tables are those of a B200 in fp8, and their
     memory is made that of the device; those of traces follow from the law. Raises UsageError."""
     from dataclasses import replace
@@ -152,7 +156,7 @@ def grid_by(tables: "list[Table]", traces: "list[Trace]", intensity: float) -> "
     for trace in traces:
         shape = trace.shape or planned_shape(trace.model, "bf16")
         counts = [k for k in COUNTS if k <= trace.samples]
-        cells += list(trace_cells(trace, shape, intensity, counts))
+        cells += list(trace_cells(trace, shape, intensity, counts, oracle_search=oracle_search))
     return grid_of(cells)
 
 

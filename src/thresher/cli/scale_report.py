@@ -5,7 +5,7 @@ import typer
 
 from thresher.cli import options as o
 from thresher.cli.planned import Device
-from thresher.cli.scale_frontier import COUNTS, Files, Tokenizer, grid_by, intensity_of, load
+from thresher.cli.scale_frontier import COUNTS, Files, OracleSearch, Tokenizer, grid_by, intensity_of, load
 from thresher.cli.terminal import say, write_json
 from thresher.errors import StorageError
 
@@ -18,6 +18,7 @@ def report(
     out: Annotated[Path, typer.Option(help="The page to write; a PNG and a CSV get its name.", callback=o.writable)],
     device: Device = "b200-fp8",
     tokenizer: Tokenizer = None,
+    oracle_search: OracleSearch = False,
     resamples: Annotated[int, typer.Option(help="Of intervals.", min=10, max=100_000)] = 300,
     stop: Annotated[
         str, typer.Option(help="Also tell what stopping early would have saved: verifier or majority.")
@@ -37,7 +38,7 @@ def report(
     stopping = Stopping(stop)
     tables, traces = load(files, tokenizer, False)
     intensity = intensity_of(device)
-    grid = grid_by(tables, [part for trace in traces for part in caps_of(trace)], intensity)
+    grid = grid_by(tables, [part for trace in traces for part in caps_of(trace)], intensity, oracle_search)
     curves = [
         Curve(f"{t.model} {t.method}", accuracies(t, [k for k in COUNTS if k <= t.samples], resamples))
         for t in (*traces, *_samples_of(tables))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from thresher.errors import UsageError
 from thresher.evaluation.statistics import Interval
 from thresher.kinetics.analysis import coverage
-from thresher.kinetics.law import PAPER, Terms, parse_reading, run_cost
+from thresher.kinetics.law import PAPER, Terms, as_oracle, parse_reading, run_cost
 from thresher.kinetics.traces import Table, Trace
 from thresher.machine.cost import ModelShape
 
@@ -106,8 +106,9 @@ def grid_of(cells: Iterable[Cell]) -> Grid:
 
 
 def table_cells(table: Table) -> Iterable[Cell]:
-    """As the table states them, costs included."""
-    cap = max(n for row in table.rows for n in row.lengths)
+    """As the table states them, costs included. It states no cap: that is the next multiple of 2,048 of the longest
+    answer."""
+    cap = -(-max(n for row in table.rows for n in row.lengths) // 2048) * 2048
     singles = {row.question: row.coverage for row in table.rows if row.samples == 1}
     for row in table.rows:
         n = len(row.lengths)
@@ -118,10 +119,17 @@ def table_cells(table: Table) -> Iterable[Cell]:
 
 
 def trace_cells(
-    trace: Trace, shape: ModelShape, intensity: float, samples: Sequence[int], terms: Terms = PAPER
+    trace: Trace,
+    shape: ModelShape,
+    intensity: float,
+    samples: Sequence[int],
+    terms: Terms = PAPER,
+    oracle_search: bool = False,
 ) -> Iterable[Cell]:
-    """By the law, for so many samples each. Raises UsageError if a question has no prompt length or too few samples."""
+    """By the law, for so many samples each. oracle_search: finding the best keys costs our top-k nothing, as the paper
+    counts. Raises UsageError if a question has no prompt length or too few samples."""
     reading = parse_reading(trace.method)
+    reading = as_oracle(reading) if oracle_search else reading
     for question in trace.questions:
         if question.prompt is None:
             raise UsageError(f"{trace.source}: question {question.key!r} has no prompt length")

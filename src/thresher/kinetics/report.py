@@ -19,6 +19,7 @@ from thresher.kinetics.planner import cut
 from thresher.kinetics.traces import Trace
 from thresher.machine.shapes import DECODERS
 
+MOST_CURVES = 12  # of more only the dense ones are drawn
 FAMILY = ("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b")
 
 
@@ -123,7 +124,8 @@ def picture(grid: Grid, curves: Sequence[Curve], path: Path) -> None:
     left.set_xlabel("Tera-eFLOPs of a question")
     left.set_ylabel("accuracy (oracle by question)")
     left.legend(fontsize=7)
-    for curve in curves:
+    few = curves if len(curves) <= MOST_CURVES else [c for c in curves if c.label.endswith(" dense")]
+    for curve in few:
         ks = np.array([a.samples for a in curve.accuracies])
         mean = [a.coverage.mean for a in curve.accuracies]
         (line,) = right.plot(ks, mean, marker="o", ms=3, label=curve.label)
