@@ -91,6 +91,14 @@ def test_intervals_hold_the_truth():
     assert held >= 88
 
 
+def test_intervals_know_that_samples_are_few():
+    """One question: drawing questions again changes nothing, drawing its samples again does."""
+    one = Question("a", "g", tuple(Sample(1, float(i < 8)) for i in range(16)))
+    interval = coverage_interval([one], 1, 4000)
+    spread = 1.96 * (0.25 / 16) ** 0.5
+    assert interval.high - interval.low == pytest.approx(2 * spread, abs=0.07)
+
+
 def test_lengths_of_a_trace():
     found = lengths(trace())
     assert found.unended == pytest.approx(2 / 16)

@@ -134,6 +134,15 @@ def test_a_known_law_is_found():
     assert found.budget.mean == pytest.approx(0.3, abs=0.06)
 
 
+def test_the_cheapest_of_equals_counts():
+    made = [(64, 1, 0.5, 20), (8, 1, 0.5, 10), (128, 4, 0.8, 100), (256, 16, 1.0, 1000)]
+    cells = [Cell(Config("m", f"topk{b}", 9, n), "a", acc, cost, 0.0, 16, 0, 7) for b, n, acc, cost in made]
+    found = growth(grid_of(cells), np.array([30.0, 300.0, 3000.0]))
+    assert found.points == 2  # at 3,000 all is reached
+    assert found.budget.mean == pytest.approx(np.log(128 / 8) / np.log(10))
+    assert found.tokens.mean == pytest.approx(np.log(4) / np.log(10))
+
+
 def test_cells_of_a_trace_are_those_of_the_law():
     samples = tuple(Sample(length, float(length < 30)) for length in (20, 40, 60, 80))
     trace = Trace("qwen3-8b", "topk64", "t", 100, (Question("a", "1", samples, 50),))
