@@ -66,7 +66,10 @@ def test_a_run_its_frontier_and_its_report(tiny_folder, tmp_path):
     assert [f.read_bytes() for f in files] == before
     frontier = parsed("scale", "frontier", traces)
     assert [r["method"] for r in frontier["models"]] == ["dense", "streaming:sinks=1,window=9"]
-    assert set(frontier["models"][0]["pass_at_k"]) == {"1", "2", "4"}
+    first = frontier["models"][0]
+    assert set(first["pass_at_k"]) == {"1", "2", "4"}
+    assert first["cost_quantiles"]["0.05"] <= first["cost_quantiles"]["0.5"] <= first["cost_quantiles"]["0.95"]
+    assert 0 <= first["unended"] <= 1
     page = tmp_path / "report.html"
     done = call("scale", "report", traces, "--out", page, "--stop", "verifier")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 
@@ -6,7 +7,7 @@ from thresher.engine.llm import LLM
 from thresher.errors import StorageError, UsageError
 from thresher.kinetics.adaptive import Stopping
 from thresher.kinetics.experiment import Experiment, Round, TraceFile, answer, chunks, rounds_left, run, seed_of
-from thresher.kinetics.spread import here, processes
+from thresher.kinetics.spread import here, on_ray, processes
 from thresher.kinetics.tasks import generate
 from thresher.kinetics.traces import Sample, read_trace
 
@@ -138,3 +139,18 @@ def test_samples_of_the_file_are_known(tmp_path):
     run(experiment(), PROBLEMS[:1], 1, tmp_path / "t", fake(experiment(), lambda p, i: True))
     with TraceFile(tmp_path / "t", experiment()) as file:
         assert file.samples == {PROBLEMS[0].key: {0: Sample(5, 1.0)}}
+
+
+def test_ray_gives_the_same_samples(llm, tiny_folder, tmp_path):
+    pytest.importorskip("ray", reason="Ray is not installed")
+    one = experiment()
+    run(one, PROBLEMS[:2], 2, tmp_path / "a", here(llm, one))
+    run(one, PROBLEMS[:2], 2, tmp_path / "b", on_ray(str(tiny_folder), one, None, 1))
+    a, b = ({(e["question"], e["sample"]): e["text"] for e in entries(tmp_path / name)} for name in ("a", "b"))
+    assert a == b
+
+
+def test_ray_that_is_not_there(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match=r"thresher\[ray\]"):
+        on_ray("model", experiment(), None, 1)

@@ -17,6 +17,7 @@ from thresher.kinetics.frontier import (
     held_out,
     oracle,
     oracle_interval,
+    sample_costs,
     single,
     table_cells,
     trace_cells,
@@ -151,6 +152,9 @@ def test_cells_of_a_trace_are_those_of_the_law():
     assert (one.accuracy, two.accuracy) == (0.25, 0.5)
     assert two.compute == pytest.approx(2 * one.compute)
     assert one.length == 50
+    each = sample_costs(trace, shape, 100.0)
+    assert len(each) == 4
+    assert each.mean() == pytest.approx(one.compute + one.memory)
     ours = replace(trace, method="topk:window=8,budget=52")
     (priced,), (free,) = (trace_cells(ours, shape, 100.0, [1], oracle_search=oracle) for oracle in (False, True))
     assert (free.compute, free.memory) == (one.compute, one.memory)

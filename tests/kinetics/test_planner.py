@@ -27,6 +27,7 @@ def test_time_is_the_sum_of_the_passes():
     assert plan.ms_per_token == pytest.approx(1e3 * sum(passes) / 400, rel=0.03)
     kv = QWEN.shape.kv_bytes_per_token
     assert plan.memory == QWEN.shape.stored_bytes + kv * (100 + 4 * 400)
+    assert plan.capacity == (80e9 - QWEN.shape.stored_bytes) // (kv * (100 + 4 * 400))
     assert plan.joules == pytest.approx(700 * plan.seconds)
     assert plan_of(QWEN, DENSE, 4, 200, work, H100).seconds < plan.seconds
     priced = plan_of(QWEN, DENSE, 4, 1000, work, replace(H100, price=3.6))

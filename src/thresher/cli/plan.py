@@ -216,7 +216,7 @@ def _checks(
 
     if device != "this":
         raise UsageError("--check runs the model here: use it with --device this")
-    contexts = sorted({max(1, prompt), prompt + max(caps)})
+    contexts = sorted({max(1, prompt), *(prompt + cap for cap in caps)})
     sequences = sorted({n * batch for n in counts})
     found = [c for m in models for c in check_passes(m, readings, contexts, sequences, machine, say)]
     table = Table(title="one pass", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))

@@ -56,9 +56,11 @@ def frontier(
     from thresher.kinetics.frontier import best_models, costs_between, growth, oracle_interval
 
     tables, traces = load(files, tokenizer, all_tables)
-    grid = grid_by(tables, traces, intensity_of(device), oracle_search)
+    intensity = intensity_of(device)
+    grid = grid_by(tables, traces, intensity, oracle_search)
     at = np.array(sorted(_amounts(costs))) if costs else costs_between(least, most)
-    rows = [_row(grid, model, method, at, traces, resamples) for model, method in _pairs(grid)]
+    priced = (intensity, oracle_search, resamples)
+    rows = [_row(grid, model, method, at, traces, *priced) for model, method in _pairs(grid)]
     found: dict[str, Any] = {"device": device, "costs": at.tolist(), "questions": len(grid.questions), "models": rows}
     for name, dense in (("dense", True), ("sparse", False)):
         part = grid.where(lambda c, dense=dense: (c.method == "dense") == dense)  # type: ignore[misc]
@@ -177,10 +179,19 @@ def _pairs(grid: "Grid") -> list[tuple[str, str]]:
 
 
 def _row(
-    grid: "Grid", model: str, method: str, costs: "Floats", traces: "list[Trace]", resamples: int
+    grid: "Grid",
+    model: str,
+    method: str,
+    costs: "Floats",
+    traces: "list[Trace]",
+    intensity: float,
+    oracle_search: bool,
+    resamples: int,
 ) -> dict[str, Any]:
-    from thresher.kinetics.analysis import accuracies
-    from thresher.kinetics.frontier import held_out, oracle, single
+    import numpy as np
+
+    from thresher.kinetics.analysis import accuracies, lengths
+    from thresher.kinetics.frontier import held_out, oracle, sample_costs, single
 
     part = grid.where(lambda c: (c.model, c.method) == (model, method))
     one = next(i for i, c in enumerate(part.configs) if c.samples == min(c.samples for c in part.configs))
@@ -206,6 +217,10 @@ def _row(
     for trace in traces:
         if (trace.model, trace.method) == (model, method):
             found = accuracies(trace, [c.samples for c in part.configs], resamples)
+            lasting = lengths(trace)
+            row |= {"unended": lasting.unended, "lengths": vars(lasting)}
+            spread = sample_costs(trace, trace.shape or planned_shape(trace.model, "bf16"), intensity, oracle_search)
+            row["cost_quantiles"] = {q: float(np.quantile(spread, q)) for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
             row["interval"] = {a.samples: [a.coverage.low, a.coverage.high] for a in found}
             row["majority"] = {a.samples: vars(a.majority) for a in found if a.majority}
     return row

@@ -12,6 +12,7 @@ from thresher.kinetics.law import step_cost
 from thresher.kinetics.planner import How, Machine, Model, Pass, PassSeconds
 from thresher.machine.cost import bounded_cost
 
+_STEPS = 25  # tokens that are decoded, five a turn
 _READ = 6000  # tokens that are read; longer contexts are filled with rows drawn like those
 
 
@@ -65,11 +66,11 @@ def check_passes(
     methods = [how if isinstance(how, AttentionMethod) else Dense() for how in readings]
     llm = LLM(model.name, weights=model.weights, progress=progress)
     text = paradise_lost() if any(not m.exact for m in methods) else None
-    timings = bench_decode(llm, contexts, batches, methods, {}, 5, progress, text, _READ)
+    timings = bench_decode(llm, contexts, batches, methods, {}, _STEPS // 5, progress, text, _READ)
     by_name = {f"thresher {model.weights} {m}": (m, how) for m, how in zip(methods, readings, strict=True)}
     for timing, _ in timings:
         method, how = by_name[timing.engine]
-        predicted = machine.pass_seconds(model, how, Pass(timing.batch, 1, timing.context, 0))
+        predicted = machine.pass_seconds(model, how, Pass(timing.batch, 1, timing.context, _STEPS / 2))
         yield Check(
             model.name, model.weights, str(method), timing.context, timing.batch, 1e3 * predicted, timing.median_ms
         )

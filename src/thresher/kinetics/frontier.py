@@ -148,6 +148,20 @@ def trace_cells(
             )
 
 
+def sample_costs(trace: Trace, shape: ModelShape, intensity: float, oracle_search: bool = False) -> Floats:
+    """Tera-eFLOPs of every single sample: its cost is as spread out as its length. Raises UsageError if a question has
+    no prompt length."""
+    reading = parse_reading(trace.method)
+    reading = as_oracle(reading) if oracle_search else reading
+    found = []
+    for question in trace.questions:
+        if question.prompt is None:
+            raise UsageError(f"{trace.source}: question {question.key!r} has no prompt length")
+        for length in question.lengths:
+            found.append(run_cost(shape, reading, question.prompt, [length]).eflops(intensity) * 1e-12)
+    return np.array(found)
+
+
 def costs_between(low: float, high: float, count: int = 100) -> Floats:
     """On a logarithmic scale. Raises UsageError unless 0 < low < high."""
     if not 0 < low < high < np.inf:

@@ -101,7 +101,8 @@ class Plan:
 
     cap: most tokens of an answer; eflops: Tera-eFLOPs of a question, reading the prompt and a share of the weights
     included; seconds: until all answers to the questions of a batch are there; ms_per_token: mean time of a pass;
-    tokens_per_second: of the batch; memory: bytes of weights and caches; attention: its share of the eflops; joules,
+    tokens_per_second: of the batch; memory: bytes of weights and caches; capacity: questions with all their samples
+    that fit into the devices at once, 0 if their memory is not known; attention: its share of the eflops; joules,
     money: of a question; gamma, speedup: of drafts, 0 and 1 without; accuracy: where traces tell it.
     """
 
@@ -115,6 +116,7 @@ class Plan:
     ms_per_token: float
     tokens_per_second: float
     memory: float
+    capacity: int
     attention: float
     joules: float | None
     money: float | None
@@ -163,9 +165,8 @@ def plan_of(
         sparse = run_cost(model.shape, drafter, work.prompt, lengths, samples, replace(terms, prefill=False))
         cost = drafted(cost, sparse, gamma, tokens)
     seconds = decoding / speedup + work.batch * machine.prefill_seconds(model.shape, work.prompt)
-    cache = work.batch * (
-        model.shape.kv_bytes(work.prompt)
-        + samples * (model.shape.kv_bytes(work.prompt + longest) - model.shape.kv_bytes(work.prompt))
+    cache = model.shape.kv_bytes(work.prompt) + samples * (
+        model.shape.kv_bytes(work.prompt + longest) - model.shape.kv_bytes(work.prompt)
     )
     watts, intensity = machine.device.watts * machine.devices, machine.device.intensity
     return Plan(
@@ -178,13 +179,19 @@ def plan_of(
         seconds=seconds,
         ms_per_token=1e3 * decoding / speedup / max(longest, 1),
         tokens_per_second=sequences * mean / seconds,
-        memory=model.shape.stored_bytes + cache,
+        memory=model.shape.stored_bytes + work.batch * cache,
+        capacity=_capacity(machine, model.shape, cache),
         attention=RunCost(Cost(0, 0), cost.attention).eflops(intensity) / cost.eflops(intensity),
         joules=watts * seconds / work.batch if watts == watts else None,
         money=None if machine.price is None else machine.price * seconds / 3600 / work.batch,
         gamma=gamma,
         speedup=speedup,
     )
+
+
+def _capacity(machine: Machine, shape: ModelShape, cache: float) -> int:
+    room = machine.device.memory * machine.devices - shape.stored_bytes
+    return max(0, int(room // cache)) if math.isfinite(room) and cache else 0
 
 
 def _best_drafts(
