@@ -130,7 +130,8 @@ def test_sparse_answers_and_failures(llm):
 def test_processes_give_the_same_samples(llm, tiny_folder, tmp_path):
     one = experiment()
     run(one, PROBLEMS[:2], 2, tmp_path / "a", here(llm, one))
-    run(one, PROBLEMS[:2], 2, tmp_path / "b", processes(str(tiny_folder), one, 2, 1))
+    with processes(str(tiny_folder), one, 2, 1) as spread:
+        run(one, PROBLEMS[:2], 2, tmp_path / "b", spread)
     a, b = ({(e["question"], e["sample"]): e["text"] for e in entries(tmp_path / name)} for name in ("a", "b"))
     assert a == b
 

@@ -1,7 +1,10 @@
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from thresher.errors import TraceError
 from thresher.kinetics.traces import read_table, read_trace, trace_of_table
@@ -66,13 +69,13 @@ def test_files_that_are_wrong(tmp_path):
     ):
         with pytest.raises(TraceError, match=message):
             read_trace(written(path, *lines))
-    for settings, message in (
+    for stated, message in (
         ({}, "line 1: the settings have no model"),
         (None, "line 1: not traces of version 1"),
         (SETTINGS | {"method": "topk-1"}, "t.jsonl: attention 'topk-1'"),
     ):
         with pytest.raises(TraceError, match=message):
-            read_trace(written(path, SAMPLE, settings=settings))
+            read_trace(written(path, SAMPLE, settings=stated))
     with pytest.raises(TraceError, match="No such file"):
         read_trace(tmp_path / "nowhere")
 
@@ -149,6 +152,48 @@ def test_published_tables(tmp_path):
     ):
         with pytest.raises(TraceError, match=message):
             read_table(table(tmp_path, *rows, **kind))
+
+
+SHAPE = {
+    "layers": 2,
+    "q_heads": 4,
+    "kv_heads": 2,
+    "head_dim": 8,
+    "weight_bytes": 9,
+    "weight_count": 9,
+    "value_bytes": 2,
+}
+GOOD_TRACE = "".join(
+    json.dumps(line) + "\n"
+    for line in ({"traces": 1, "settings": SETTINGS | {"shape": SHAPE}}, SAMPLE, SAMPLE | {"sample": 1})
+).encode()
+GOOD_TABLE = (HEAD + '\n0,"a, b",7,"[10, 20]",1,0.5,1.0,2.0,3.0\n').encode()
+pieces = st.one_of(
+    st.binary(max_size=4), st.sampled_from([b"{", b"[", b'"', b"NaN", b"1e999", b"-1", b"null", b"\n", b","])
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_files_that_were_altered_are_read_or_refused(tmp_path_factory, data):
+    """Whatever bytes are changed: a trace, or a TraceError that names the file."""
+    table = data.draw(st.booleans())
+    content = GOOD_TABLE if table else GOOD_TRACE
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(content)))
+        content = content[:at] + data.draw(pieces) + content[at + data.draw(st.integers(0, 6)) :]
+    name = "aime24_qwen3-8b_dense_numTrials_tradeoff.csv" if table else "t.jsonl"
+    path = tmp_path_factory.getbasetemp() / name
+    path.write_bytes(content)
+    read = read_table if table else read_trace
+    found = []
+    with contextlib.suppress(TraceError):
+        found.append(read(path))
+    if found:
+        assert found[0].rows if table else found[0].questions
+    else:
+        with pytest.raises(TraceError, match=name):
+            read(path)
 
 
 def test_reading_folders_and_nothing(tmp_path):

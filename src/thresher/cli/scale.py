@@ -1,9 +1,11 @@
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from thresher.cli import options as o
+from thresher.cli.planned import planned_shape
 from thresher.cli.scale_frontier import frontier
 from thresher.cli.scale_report import report
 from thresher.cli.terminal import progress_bar, say, stderr, write_json
@@ -89,7 +91,8 @@ def run(
     each = threads or max(1, available_cores() // processes)
     torch.set_num_threads(each)
     out.mkdir(parents=True, exist_ok=True)
-    llm = LLM(model, weights=weights, progress=say)
+    llm = None if ray or processes > 1 else LLM(model, weights=weights, progress=say)
+    shape = asdict(planned_shape(model, weights))
     label = _label(model)
     rows = []
     for method in methods:
@@ -103,16 +106,16 @@ def run(
             seed=seed,
             ask=ask,
             stopping=stopping,
-            shape=asdict(llm.runner.shape),
+            shape=shape,
         )
-        if ray:
-            answered = on_ray(model, experiment, None if ray == "local" else ray, each)
-        elif processes > 1:
-            answered = in_processes(model, experiment, processes, each)
-        else:
-            answered = here(llm, experiment)
         path = out / f"{_slug(f'{name}_{label}_{method}')}.jsonl"
-        with progress_bar(str(method), "samples") as bar:
+        with ExitStack() as spread, progress_bar(str(method), "samples") as bar:
+            if ray:
+                answered = on_ray(model, experiment, None if ray == "local" else ray, each)
+            elif llm is None:
+                answered = spread.enter_context(in_processes(model, experiment, processes, each))
+            else:
+                answered = here(llm, experiment)
             kept = run_experiment(experiment, problems, samples, path, answered, bar)
         of = [kept.samples[p.key] for p in problems]
         right = [sum(s.score for s in found.values()) for found in of]

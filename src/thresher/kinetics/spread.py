@@ -4,6 +4,7 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from functools import cache, partial
 from multiprocessing import get_context
 from typing import TYPE_CHECKING
@@ -65,23 +66,24 @@ def here(llm: "LLM", experiment: Experiment) -> Run:
     return run
 
 
-def processes(source: str, experiment: Experiment, count: int, threads: int) -> Run:
+@contextmanager
+def processes(source: str, experiment: Experiment, count: int, threads: int) -> Iterator[Run]:
     """In so many processes of so many threads, each with weights of its own; samples come with their chunk.
 
     Raises what loading and answering do, from the first process that fails.
     """
+    task = partial(answered, source, experiment, threads)
+    pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"))
 
     def run(rounds: Sequence[Round]) -> Iterator[Entry]:
-        task = partial(answered, source, experiment, threads)
-        with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
-            futures = [pool.submit(task, part) for part in _dealt(rounds, count)]
-            try:
-                for future in as_completed(futures):
-                    yield from future.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        futures = [pool.submit(task, part) for part in _dealt(rounds, count)]
+        for future in as_completed(futures):
+            yield from future.result()
 
-    return run
+    try:
+        yield run
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def on_ray(source: str, experiment: Experiment, address: str | None, threads: int) -> Run:

@@ -299,7 +299,11 @@ def read_table(path: Path) -> Table:
 def _row(entry: dict[str, str]) -> Row | None:
     """None where it asks for more samples than there are, as the published code writes such rows without a coverage."""
     samples, lengths = int(entry["trial"]), json.loads(entry["generation_length"])
-    if not isinstance(lengths, list) or not lengths or not all(type(n) is int and n >= 0 for n in lengths):
+    if (
+        not isinstance(lengths, list)
+        or not lengths
+        or not all(type(n) is int and 0 <= n <= _MOST_TOKENS for n in lengths)
+    ):
         raise ValueError("generation_length is not a list of numbers")
     if samples < 1:
         raise ValueError(f"trial is {samples}")
