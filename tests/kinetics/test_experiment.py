@@ -7,9 +7,10 @@ from thresher.engine.llm import LLM
 from thresher.errors import StorageError, UsageError
 from thresher.kinetics.adaptive import Stopping
 from thresher.kinetics.experiment import Experiment, Round, TraceFile, answer, chunks, rounds_left, run, seed_of
+from thresher.kinetics.published import read_trace
 from thresher.kinetics.spread import here, on_ray, processes
 from thresher.kinetics.tasks import generate
-from thresher.kinetics.traces import Sample, read_trace
+from thresher.kinetics.traces import Sample
 
 PROBLEMS = generate("sums", 4, 1)
 SETTINGS = {"weights": "float32", "max_tokens": 12, "framing": "plain"}

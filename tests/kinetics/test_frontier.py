@@ -7,23 +7,11 @@ import numpy as np
 import pytest
 
 from thresher.errors import UsageError
-from thresher.kinetics.frontier import (
-    Cell,
-    Config,
-    best_models,
-    costs_between,
-    grid_of,
-    growth,
-    held_out,
-    oracle,
-    oracle_interval,
-    sample_costs,
-    single,
-    table_cells,
-    trace_cells,
-)
+from thresher.kinetics.frontier import best_models, costs_between, growth, held_out, oracle, oracle_interval, single
+from thresher.kinetics.grid import Cell, Config, grid_of, sample_costs, table_cells, trace_cells
 from thresher.kinetics.law import DENSE, run_cost, solve_prompt
-from thresher.kinetics.traces import Question, Sample, Trace, read_table, trace_of_table
+from thresher.kinetics.published import read_table, trace_of_table
+from thresher.kinetics.traces import Question, Sample, Trace
 from thresher.machine.devices import device
 from thresher.machine.shapes import DECODERS
 

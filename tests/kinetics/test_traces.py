@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thresher.errors import TraceError
-from thresher.kinetics.traces import read_table, read_trace, trace_of_table
+from thresher.kinetics.published import read_table, read_trace, trace_of_table
 
 SETTINGS = {"model": "qwen3-8b", "method": "topk256", "task": "sums", "max_tokens": 100}
 SAMPLE = {"question": "a", "gold": "4", "sample": 0, "length": 12, "score": 1.0, "answer": "4", "prompt": 7}

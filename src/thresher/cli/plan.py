@@ -86,7 +86,7 @@ def plans(
         return
     from thresher.kinetics.law import Reading, parse_reading
     from thresher.kinetics.planner import Limits, Model, Work, plan_of, rank, with_accuracy
-    from thresher.kinetics.traces import read_trace
+    from thresher.kinetics.published import read_trace
 
     if judge not in ("best", "majority"):
         raise UsageError(f"--judge {judge}: choose best or majority")

@@ -9,8 +9,9 @@ from thresher.cli.terminal import say, stderr, write_json
 from thresher.errors import UsageError
 
 if TYPE_CHECKING:
-    from thresher.kinetics.frontier import Cell, Floats, Grid
-    from thresher.kinetics.traces import Table, Trace
+    from thresher.kinetics.grid import Cell, Floats, Grid
+    from thresher.kinetics.published import Table
+    from thresher.kinetics.traces import Trace
 
 PUBLISHED = 562.5  # operations a byte in the published tables: a B200 in fp8
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -110,7 +111,7 @@ def load(files: list[Path], tokenizer: str | None, every: bool) -> "tuple[list[T
 
     Raises UsageError.
     """
-    from thresher.kinetics.traces import read_table, read_trace
+    from thresher.kinetics.published import read_table, read_trace
 
     paths = [p for f in files for p in (sorted(f.iterdir()) if f.is_dir() else [f])]
     tables = [read_table(p) for p in paths if p.suffix == ".csv"]
@@ -150,7 +151,7 @@ def grid_by(tables: "list[Table]", traces: "list[Trace]", intensity: float, orac
     memory is made that of the device; those of traces follow from the law. Raises UsageError."""
     from dataclasses import replace
 
-    from thresher.kinetics.frontier import grid_of, table_cells, trace_cells
+    from thresher.kinetics.grid import grid_of, table_cells, trace_cells
 
     cells: list[Cell] = []
     for table in tables:
@@ -191,7 +192,8 @@ def _row(
     import numpy as np
 
     from thresher.kinetics.analysis import accuracies, lengths
-    from thresher.kinetics.frontier import held_out, oracle, sample_costs, single
+    from thresher.kinetics.frontier import held_out, oracle, single
+    from thresher.kinetics.grid import sample_costs
 
     part = grid.where(lambda c: (c.model, c.method) == (model, method))
     one = next(i for i, c in enumerate(part.configs) if c.samples == min(c.samples for c in part.configs))

@@ -10,7 +10,8 @@ from thresher.cli.terminal import say, write_json
 from thresher.errors import StorageError
 
 if TYPE_CHECKING:
-    from thresher.kinetics.traces import Table, Trace
+    from thresher.kinetics.published import Table
+    from thresher.kinetics.traces import Trace
 
 
 def report(
@@ -64,6 +65,6 @@ def report(
 
 def _samples_of(tables: "list[Table]") -> "list[Trace]":
     """Tables state how many samples are right, and no answers that could vote."""
-    from thresher.kinetics.traces import trace_of_table
+    from thresher.kinetics.published import trace_of_table
 
     return [trace_of_table(table, lambda row: None) for table in tables]

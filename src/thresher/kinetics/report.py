@@ -14,7 +14,8 @@ import numpy as np
 from thresher.errors import UsageError
 from thresher.evaluation.plots import load_pyplot, save_figure
 from thresher.kinetics.analysis import Accuracy
-from thresher.kinetics.frontier import Grid, costs_between, oracle
+from thresher.kinetics.frontier import costs_between, oracle
+from thresher.kinetics.grid import Grid
 from thresher.kinetics.planner import cut
 from thresher.kinetics.traces import Trace
 from thresher.machine.shapes import DECODERS
