@@ -35,8 +35,12 @@ def frontier(
         str | None,
         typer.Option(help="Tera-eFLOPs at which frontiers are read, as 562,1000. Default: 100 from --from to --to."),
     ] = None,
-    least: Annotated[float, typer.Option("--from", help="Least Tera-eFLOPs.")] = 45,
-    most: Annotated[float, typer.Option("--to", help="Most Tera-eFLOPs.")] = 1e5,
+    least: Annotated[
+        float | None, typer.Option("--from", help="Least Tera-eFLOPs. Default: those of the cheapest configuration.")
+    ] = None,
+    most: Annotated[
+        float | None, typer.Option("--to", help="Most Tera-eFLOPs. Default: those of the dearest configuration.")
+    ] = None,
     all_tables: Annotated[
         bool, typer.Option("--all", help="Also tables whose costs are doubted, and second ones of the same settings.")
     ] = False,
@@ -51,6 +55,7 @@ def frontier(
     thresher scale frontier tables/*.csv --json -
     """
     import numpy as np
+    from rich import box
     from rich.table import Column
     from rich.table import Table as Shown
 
@@ -59,7 +64,12 @@ def frontier(
     tables, traces = load(files, tokenizer, all_tables)
     intensity = intensity_of(device)
     grid = grid_by(tables, traces, intensity, oracle_search)
-    at = np.array(sorted(_amounts(costs))) if costs else costs_between(least, most)
+    if costs:
+        at = np.array(sorted(_amounts(costs)))
+    else:
+        price = grid.cost("eflops")
+        low = float(price.min()) if least is None else least
+        at = costs_between(low, float(price.max()) * 1.001 if most is None else most)
     priced = (intensity, oracle_search, resamples)
     rows = [_row(grid, model, method, at, traces, *priced) for model, method in _pairs(grid)]
     found: dict[str, Any] = {"device": device, "costs": at.tolist(), "questions": len(grid.questions), "models": rows}
@@ -79,7 +89,12 @@ def frontier(
         found["growth"] = {"none": str(error)}
     if str(json) != "-":
         ks = sorted({k for row in rows for k in row["pass_at_k"]})
-        table = Shown(Column("model", no_wrap=True), title="a right one among k samples, tokens and Tera-eFLOPs of one")
+        table = Shown(
+            Column("", overflow="fold", ratio=1),
+            title="a right one among k samples; tokens and Tera-eFLOPs of one",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
         for name in (*(f"k={k}" for k in ks), "tokens", "cost"):
             table.add_column(name, justify="right", no_wrap=True)
         for row in rows:
@@ -87,11 +102,10 @@ def frontier(
             label = f"{row['model']} {row['method']}"
             table.add_row(label, *cells, f"{row['tokens']:,.0f}", f"{row['cost_of_one']:,.4g}")
         stderr.print(table)
-        shown = Shown(
-            "Tera-eFLOPs", "dense", "best model", "sparse", "best model", title="frontier (oracle by question)"
-        )
+        heads = ("Tera-eFLOPs", "dense", "best model", "sparse", "best model")
+        shown = Shown(*heads, title="frontier (oracle by question)", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for i in _few(len(at)):
-            cells = [f"{at[i]:,.0f}"]
+            cells = [f"{at[i]:,.4g}"]
             for name in ("dense", "sparse"):
                 part_of = found.get(name, {}).get("eflops")
                 cells += [f"{part_of['accuracy'][i]:.3f}", part_of["model"][i] or "none"] if part_of else ["", ""]

@@ -148,7 +148,9 @@ def _resampled(
 
 
 def _interval(mean: float, resampled: Floats) -> Interval:
-    low, high = np.quantile(resampled, [0.025, 0.975])
+    """Around the estimate: where k is near the number of samples, those drawn again have a right one less often, as one
+    that is drawn twice counts once."""
+    low, high = np.clip(np.quantile(resampled, [0.025, 0.975]) + mean - resampled.mean(), 0, 1)
     return Interval(mean, float(low), float(high))
 
 
