@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from thresher.attention.registry import parse_method
-from thresher.errors import UsageError
+from thresher.errors import CapacityError, UsageError
 from thresher.evaluation.calibrate import Calibration, calibrate
 from thresher.kinetics.check import measured_seconds
 from thresher.kinetics.law import DENSE, Reading
@@ -164,6 +164,23 @@ def test_times_by_what_was_timed():
     assert seconds(SMALL, method, Pass(1, 1, 16384, 0)) == pytest.approx(
         0.1 + 0.002 * method.cost(shape, 16384).bytes / 1e6, rel=1e-6
     )
+
+
+def test_layers_that_memory_has_no_room_for(monkeypatch):
+    monkeypatch.setattr("thresher.evaluation.calibrate.available_memory", lambda: 10**6)
+    with pytest.raises(CapacityError, match="and 0 are free"):
+        calibrate(DECODERS["qwen3-0.6b"], "bf16", [], [1], [64])
+
+
+def test_some_layers_stand_for_all(monkeypatch):
+    """Twelve layers of which four are made: a pass takes about three times what these take, and what is no layer
+    once."""
+    monkeypatch.setattr("thresher.evaluation.calibrate._WEIGHTS", 4 * 2 * 590_000)
+    decoder = Decoder(12, 4, 2, 256, 512, 512)
+    some, all_of_four = (calibrate(d, "float32", [], [1], [64]) for d in (decoder, replace(decoder, layers=4)))
+    size = some.attention["dense"][0][0]
+    assert size == 12 * 64 * 2 * 2 * 64 * 4
+    assert all_of_four.attention["dense"][0][0] == size / 3
 
 
 def test_layers_are_timed():

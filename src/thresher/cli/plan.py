@@ -144,8 +144,6 @@ plan.command()(o.with_options(speculation))
 
 
 def _machine(name: str, devices: int, efficiency: float, additive: bool, price: float | None) -> "Machine":
-    from dataclasses import replace
-
     from thresher.kinetics.planner import Machine
     from thresher.machine.devices import Device as Known
     from thresher.machine.devices import device as known_device
@@ -157,7 +155,7 @@ def _machine(name: str, devices: int, efficiency: float, additive: bool, price: 
         raise UsageError("--device this is one device, and its rates are measured")
     # Rates follow when layers are timed.
     here = Known("this", 1.0, 1.0, float(available_memory()), float("nan"), "")
-    return replace(Machine(here), price=price)
+    return Machine(here, price=price)
 
 
 def _calibrated(
@@ -212,7 +210,7 @@ def _checks(
     from rich import box
     from rich.table import Table
 
-    from thresher.kinetics.check import check_passes
+    from thresher.kinetics.check import check_passes, median_error
 
     if device != "this":
         raise UsageError("--check runs the model here: use it with --device this")
@@ -233,8 +231,7 @@ def _checks(
         )
         table.add_row(f"{c.model} {c.method}", *numbers)
     stderr.print(table)
-    errors = sorted(abs(c.error) for c in found)
-    say(f"median error {100 * errors[len(errors) // 2]:.0f} % of {len(errors)} passes", style="bold")
+    say(f"median error {100 * median_error(found):.0f} % of {len(found)} passes", style="bold")
     return found
 
 

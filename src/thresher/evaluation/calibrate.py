@@ -18,17 +18,18 @@ from thresher.attention.base import AttentionMethod
 from thresher.attention.dense import Dense
 from thresher.cache.sequence import KVSequence
 from thresher.decoding.runner import Runner, Work
-from thresher.errors import UsageError
+from thresher.errors import CapacityError, UsageError
 from thresher.evaluation.attention_bench import synthetic_rows
 from thresher.evaluation.bench import interleaved, own_copies
 from thresher.evaluation.machine import measure_machine
 from thresher.machine.cost import attention_cost
+from thresher.machine.memory import available_memory
 from thresher.machine.profile import MachineProfile
 from thresher.machine.shapes import Decoder
 from thresher.models.load import WEIGHTS, prepare
 
 _SHORT = 16  # tokens: attention to them is nothing
-_WEIGHTS = 3 << 28  # bytes in bf16 of the layers that are made, at least one; more do not change the time of one
+_WEIGHTS = 3 << 28  # bytes in bf16 of the layers that are made, at least two; more do not change the time of one
 _TOGETHER = 2 << 30  # bytes of keys and values of sequences that are timed together
 _ROUNDS = 5
 
@@ -79,24 +80,29 @@ def calibrate(
     """Time passes of so many sequences, and attention under every method at every context; between and beyond those its
     time grows with the bytes.
 
-    weights: bf16, int8 or float32. Raises UsageError for experts and recurrent layers, which are not timed.
+    weights: bf16, int8 or float32. Raises UsageError for experts and recurrent layers, which are not timed, and
+    CapacityError if memory is too small for two layers.
     """
     if decoder.experts or decoder.recurrent:
         raise UsageError("experts and recurrent layers are not timed on this machine; plan them for another device")
     layers = decoder.layers - sum(n for n, _ in decoder.windowed)
     per_layer = (decoder.shape().weight_count - decoder.hidden * decoder.vocab) * 2 // decoder.layers
-    made = min(decoder.layers, max(1, _WEIGHTS // per_layer))
+    made = min(decoder.layers, max(2, _WEIGHTS // per_layer))
+    # The module, its packed copy, and half as many layers once more.
+    needed, free = 3 * made * per_layer + 6 * decoder.hidden * decoder.vocab, available_memory()
+    if needed > free:
+        raise CapacityError(f"timing such layers takes about {needed / 1e9:.0f} GB, and {free / 1e9:.0f} are free")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         progress("timing passes without context")
         head, passes = dict.fromkeys(sequences, 0.0), {}
         if made < decoder.layers:  # what is not a layer, from a model of half as many
-            fewer = max(1, made // 2)
+            fewer = made // 2
             half = _passes(_runner(decoder, weights, fewer), sequences)
         runner = _runner(decoder, weights, made)
         whole = _passes(runner, sequences)
     for n in sequences:
-        if made < decoder.layers and made > fewer:
+        if made < decoder.layers:
             head[n] = max(0.0, whole[n] - (whole[n] - half[n]) / (made - fewer) * made)
         passes[n] = head[n] + (whole[n] - head[n]) * decoder.layers / made
     shape, most = replace(runner.shape, layers=made), max(sequences)

@@ -77,4 +77,5 @@ def check_passes(
 
 
 def median_error(checks: Sequence[Check]) -> float:
+    """As a share of what was measured, in either direction."""
     return statistics.median(abs(c.error) for c in checks)

@@ -20,7 +20,7 @@ from thresher.speculation.theory import MOST_GAMMA, Hardware
 How = Reading | AttentionMethod
 PassSeconds = Callable[["Model", How, "Pass"], float]
 
-_KNOTS = 17  # lengths of an answer at which a pass is timed
+_KNOTS = 17  # lengths of an answer at which the time of a pass is asked
 TERMS = Terms(batch=1, prefill=True)
 
 
@@ -46,28 +46,27 @@ class Pass:
 @dataclass(frozen=True)
 class Machine:
     """What runs it. devices share every model (tensor parallel). efficiency: share of their peaks that they reach.
-    overhead: seconds of a pass that are neither memory nor arithmetic. measured: the time of a pass where kernels were
-    timed, in place of the rates. price: money an hour of all devices."""
+    additive: arithmetic waits for memory, as the paper counts. measured: the time of a pass where layers were timed, in
+    place of the rates. price: money an hour of all devices."""
 
     device: Device
     devices: int = 1
     efficiency: float = 1.0
     additive: bool = True
-    overhead: float = 0.0
     price: float | None = None
     measured: PassSeconds | None = None
 
     @property
     def hardware(self) -> Hardware:
         factor = self.devices * self.efficiency
-        return Hardware(self.device.flops * factor, self.device.bandwidth * factor, self.overhead)
+        return Hardware(self.device.flops * factor, self.device.bandwidth * factor)
 
     def pass_seconds(self, model: Model, how: How, one: Pass) -> float:
         if self.measured:
             return self.measured(model, how, one)
         hardware = self.hardware
         cost = step_cost(model.shape, how, one.prompt, one.produced, one.samples, one.questions)
-        return cost.seconds(hardware.flops, hardware.bandwidth, self.additive) + self.overhead
+        return cost.seconds(hardware.flops, hardware.bandwidth, self.additive)
 
     def more_tokens_seconds(self, model: Model, one: Pass, tokens: int) -> float:
         """What `tokens` further new tokens of every sequence add to a dense pass."""
@@ -182,7 +181,7 @@ def plan_of(
         memory=model.shape.stored_bytes + work.batch * cache,
         capacity=_capacity(machine, model.shape, cache),
         attention=RunCost(Cost(0, 0), cost.attention).eflops(intensity) / cost.eflops(intensity),
-        joules=watts * seconds / work.batch if watts == watts else None,
+        joules=None if math.isnan(watts) else watts * seconds / work.batch,
         money=None if machine.price is None else machine.price * seconds / 3600 / work.batch,
         gamma=gamma,
         speedup=speedup,
