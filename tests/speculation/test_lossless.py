@@ -111,7 +111,7 @@ def test_a_view_that_is_chosen_once_is_renewed(tiny, monkeypatch):
     monkeypatch.setattr(Index, "renew", renew)
     ids, params = prompts()[3], SamplingParams(max_new_tokens=150, ignore_eos=True)
     plain = tiny.generate([ids], params, attention="dense", speculate="none")[0][0]
-    everything = f"self:snapkv,budget=5000,{READ},gamma=2"
+    everything = f"self:snapkv,budget=512,{READ},gamma=2"
     answer = tiny.generate([ids], params, attention="dense", speculate=everything)[0][0]
     assert answer.token_ids == plain.token_ids
     assert answer.speculation.accepted == answer.speculation.drafted
@@ -127,7 +127,7 @@ def test_a_view_that_is_chosen_once_is_renewed(tiny, monkeypatch):
 def test_perfect_drafts_are_all_accepted(tiny, gamma):
     """A method that reads everything drafts what the target says: every pass gives gamma + 1 tokens (T4)."""
     ids, params = prompts()[3], SamplingParams(max_new_tokens=1 + 4 * (gamma + 1), ignore_eos=True)
-    speculate = f"self:topk,budget=4096,{READ},gamma={gamma}"
+    speculate = f"self:topk,budget=512,{READ},gamma={gamma}"
     answer = tiny.generate([ids], params, attention="dense", speculate=speculate)[0][0]
     assert answer.token_ids == tiny.generate([ids], params, attention="dense", speculate="none")[0][0].token_ids
     assert answer.speculation.passes == 4

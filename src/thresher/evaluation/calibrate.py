@@ -133,6 +133,7 @@ def calibrate(
 def _runner(decoder: Decoder, weights: str, layers: int) -> Runner:
     """A model of the shape of Llama with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.initialization import no_init_weights
 
     config = LlamaConfig(
         vocab_size=decoder.vocab,
@@ -145,12 +146,19 @@ def _runner(decoder: Decoder, weights: str, layers: int) -> Runner:
         max_position_embeddings=1 << 20,
         tie_word_embeddings=True,
     )
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32 if weights == "float32" else torch.bfloat16)
-    try:
-        module = LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(default)
+    dtype = torch.float32 if weights == "float32" else torch.bfloat16
+    with no_init_weights():
+        module = LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+    drawn = 0.02 * torch.randn(1 << 20, dtype=torch.float32).to(
+        dtype
+    )  # over and over: drawing takes longer than timing
+    for parameter in module.parameters():
+        if parameter.dim() == 1:
+            parameter.data.fill_(1)
+        else:
+            flat = parameter.data.view(-1)
+            for begin in range(0, len(flat), len(drawn)):
+                flat[begin : begin + len(drawn)] = drawn[: len(flat) - begin]
     tokenizer = SimpleNamespace(eos_token_id=None, chat_template=None)
     return Runner(prepare(module, tokenizer, "random weights", _checked(weights)))
 
