@@ -150,9 +150,9 @@ def _is_dense(method: AttentionMethod) -> bool:
 def method_cost(shape: ModelShape, method: AttentionMethod, prompt: float, length: float, samples: float) -> RunCost:
     """The same by a method's own account, its index and its dense layers included. A prompt is shared only by a dense
     method: the account does not say which rows of it several samples choose."""
-    linear = Cost(2.0 * shape.active_count * length * samples, 0)
     if _is_dense(method):
-        return replace(law_cost(shape, DENSE, prompt, length, samples), linear=linear)
+        return law_cost(shape, DENSE, prompt, length, samples)
+    linear = Cost(2.0 * shape.active_count * length * samples, 0)
     contexts = prompt + np.linspace(0, length, _KNOTS)
     costs = [method.cost(shape, round(context)) for context in contexts]
     flops = float(np.trapezoid([c.flops for c in costs], contexts))
