@@ -129,4 +129,6 @@ def test_what_cannot_be_planned(lengths, tmp_path):
     lengths.write_text("\n")
     fails(2, "no lengths", *cost, "--lengths", lengths)
     fails(2, "topk256", *cost, "--attention", "dence")
+    fails(2, "--attention: nothing is given", *cost, "--attention", ";")
+    fails(2, "--model: nothing is given", "plan", "--model", ",")
     fails(2, "--efficiency 2", "plan", "--device", "h100", "--efficiency", 2)

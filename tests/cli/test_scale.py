@@ -101,6 +101,9 @@ def test_what_cannot_be(tables, tiny_folder, tmp_path):
     fails(2, "--costs 0", "scale", "frontier", tables, "--costs", "0")
     fails(2, "give two above 0", "scale", "frontier", tables, "--from", 5, "--to", 4)
     fails(2, "the name does not say", "scale", "frontier", _copy(tables, tmp_path / "mine.csv"))
+    for name in ("report.csv", "report.png", "report"):  # its CSV or PNG would replace the page
+        fails(2, "ends with .html", "scale", "report", tables, "--out", tmp_path / name)
+    fails(2, "--attention: nothing is given", "scale", "run", "--attention", ";", *model)
     fails(2, "stopping by 'luck'", "scale", "report", tables, "--out", tmp_path / "r.html", "--stop", "luck")
 
 

@@ -9,7 +9,7 @@ import pytest
 from thresher.errors import UsageError
 from thresher.kinetics.frontier import best_models, costs_between, growth, held_out, oracle, oracle_interval, single
 from thresher.kinetics.grid import Cell, Config, grid_of, sample_costs, table_cells, trace_cells
-from thresher.kinetics.law import DENSE, run_cost, solve_prompt
+from thresher.kinetics.law import DENSE, Reading, run_cost
 from thresher.kinetics.published import read_table, trace_of_table
 from thresher.kinetics.traces import Question, Sample, Trace
 from thresher.machine.devices import device
@@ -233,6 +233,20 @@ def test_a_table_that_was_costed_as_dense_is_doubted(tables):
 def law_shape(model, parameters=None):
     decoder = DECODERS[model]
     return replace(decoder.shape(), weight_count=round(parameters or decoder.parameters))
+
+
+def solve_prompt(cost_of, cost):
+    """The prompt whose cost is this, where the cost grows linearly with it."""
+    at_zero = cost_of(0)
+    return (cost - at_zero) / (cost_of(1) - at_zero)
+
+
+def test_prompt_of_a_stated_cost():
+    shape = law_shape("qwen3-0.6b")
+    cost_of = lambda prompt: run_cost(shape, Reading(20), prompt, [100, 30]).total.flops  # noqa: E731
+    dense = lambda prompt: run_cost(shape, DENSE, prompt, [100, 30]).total.flops  # noqa: E731
+    assert solve_prompt(dense, dense(177)) == pytest.approx(177)
+    assert cost_of(50) == cost_of(20)  # beyond the budget a prompt costs nothing
 
 
 def prompts_of(table, shape, intensity):

@@ -19,7 +19,6 @@ from thresher.kinetics.law import (
     law_cost,
     parse_reading,
     run_cost,
-    solve_prompt,
     step_cost,
 )
 from thresher.machine.cost import Cost, Experts, ModelShape, weights_cost
@@ -242,13 +241,6 @@ def test_our_top_k_with_a_search_that_costs_nothing():
     for other in ("auto", "topk:budget=0.1", "quest"):
         assert as_oracle(parse_method(other)) == parse_method(other)
     assert as_oracle(DENSE) is DENSE
-
-
-def test_prompt_of_a_stated_cost():
-    cost_of = lambda prompt: run_cost(SMALL, Reading(20), prompt, [100, 30]).total.flops  # noqa: E731
-    dense = lambda prompt: run_cost(SMALL, DENSE, prompt, [100, 30]).total.flops  # noqa: E731
-    assert solve_prompt(dense, dense(177)) == pytest.approx(177)
-    assert cost_of(50) == cost_of(20)  # beyond the budget a prompt costs nothing
 
 
 def test_devices():

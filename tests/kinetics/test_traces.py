@@ -132,6 +132,8 @@ def test_published_tables(tmp_path):
     ]
     trace = trace_of_table(found, lambda row: 5.0)
     assert [(s.length, s.score, s.ended) for s in trace.questions[0].samples] == [(10, 1.0, True), (20, 0.0, False)]
+    with pytest.raises(TraceError, match="no rows of one sample"):
+        trace_of_table(read_table(table(tmp_path, '0,q,7,"[10, 20]",2,1.0,2.0,4.0,6.0')), lambda row: 5.0)
     good = '0,q,7,"[10, 20]",1,0.5,1.0,2.0,3.0'
     assert len(read_table(table(tmp_path, good, '0,q,7,"[10, 20]",4,nan,1.0,2.0,3.0')).rows) == 1
     sparse = "aime24_qwen3-8b_local0_topk128_numTrials_tradeoff.csv"

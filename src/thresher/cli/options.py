@@ -276,6 +276,14 @@ def numbers(name: str, text: str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
+def listed(name: str, given: list[str] | None, default: str) -> list[str]:
+    """What is separated by ; or given several times, each once. Raises UsageError that names the option."""
+    found = [part.strip() for text in given or [default] for part in text.split(";")]
+    if not any(found):
+        raise UsageError(f"--{name}: nothing is given")
+    return list(dict.fromkeys(filter(None, found)))
+
+
 def checked_speculation(speculate: str | None, attention: str | None) -> None:
     """Before anything is loaded. Raises UsageError if drafts are not what they can be, or cannot be verified so."""
     if speculate is None:

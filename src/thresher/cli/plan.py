@@ -90,6 +90,8 @@ def plans(
 
     if judge not in ("best", "majority"):
         raise UsageError(f"--judge {judge}: choose best or majority")
+    if check and device != "this":
+        raise UsageError("--check runs the model here: use it with --device this")
     if not 0 < efficiency <= 1:
         raise UsageError(f"--efficiency {efficiency}: give a share above 0, up to 1")
     if target is not None and not traces:
@@ -97,13 +99,12 @@ def plans(
             "--target needs --traces that say how often answers are right; `thresher scale run` makes some"
         )
     counts, caps = o.numbers("samples", samples), o.numbers("generate", generate)
-    parts = [part.strip() for text in attention or ["dense;auto"] for part in text.split(";") if part.strip()]
-    readings = list(dict.fromkeys(parse_reading(part) for part in parts))
+    readings = list(dict.fromkeys(map(parse_reading, o.listed("attention", attention, "dense;auto"))))
     known = [read_trace(path) for path in traces or []]
     models = [
         Model(name, form, planned_shape(name, form, kv))
-        for name in dict.fromkeys(part.strip() for part in model.split(",") if part.strip())
-        for form in dict.fromkeys(part.strip() for part in weights.split(","))
+        for name in o.listed("model", [model.replace(",", ";")], "")
+        for form in o.listed("weights", [weights.replace(",", ";")], "")
     ]
     machine = _machine(device, devices, efficiency, not overlapped, price)
     if device == "this":
@@ -133,7 +134,7 @@ def plans(
     if str(json) != "-":
         _show(ranking.plans[:rows], f"{device}, prompt {prompt:,}, {batch} question{'s' if batch > 1 else ''} at once")
         say(ranking.why, style="bold")
-    checks = _checks(models, readings, prompt, caps, counts, batch, machine, device) if check else []
+    checks = _checks(models, readings, prompt, caps, counts, batch, machine) if check else []
     settings = {"device": device, "devices": devices, "prompt": prompt, "batch": batch}
     checked = {"check": [asdict(c) | {"error": c.error} for c in checks]} if check else {}
     write_json(json, settings | {"why": ranking.why, "plans": [asdict(p) for p in ranking.plans]} | checked)
@@ -205,15 +206,12 @@ def _checks(
     counts: list[int],
     batch: int,
     machine: "Machine",
-    device: str,
 ) -> "list[Check]":
     from rich import box
     from rich.table import Table
 
     from thresher.kinetics.check import check_passes, median_error
 
-    if device != "this":
-        raise UsageError("--check runs the model here: use it with --device this")
     contexts = sorted({max(1, prompt), *(prompt + cap for cap in caps)})
     sequences = sorted({n * batch for n in counts})
     found = [c for m in models for c in check_passes(m, readings, contexts, sequences, machine, say)]

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from thresher.cli import options as o
-from thresher.cli.planned import Device, PlannedModel, lengths_in, planned_decoder, planned_shape
+from thresher.cli.planned import Device, PlannedModel, lengths_in, planned_decoder, planned_shape, rates_of
 from thresher.cli.terminal import stderr, write_json
 from thresher.errors import UsageError
 
@@ -51,12 +51,10 @@ def cost(
     from rich.table import Table
 
     from thresher.kinetics.law import Terms, parse_reading, run_cost
-    from thresher.machine.devices import device as known_device
 
     counts = o.numbers("samples", samples)
     listed = lengths_in(lengths) if lengths else [float(n) for n in o.numbers("generate", generate)]
-    parts = [part.strip() for text in attention or ["dense"] for part in text.split(";") if part.strip()]
-    readings = [parse_reading(part) for part in parts]
+    readings = [parse_reading(part) for part in o.listed("attention", attention, "dense")]
     if batch is not None and not batch > 0:
         raise UsageError(f"--batch {batch}: give a number above 0")
     shape, decoder = planned_shape(model, weights, kv), planned_decoder(model)
@@ -65,15 +63,7 @@ def cost(
     elif decoder.parameters and shape.experts:
         always = decoder.parameters - shape.experts.used * shape.experts.weight_count
         shape = replace(shape, weight_count=round(always))
-    if device == "this":
-        from thresher.evaluation.machine import measure_machine
-
-        with stderr.status("measuring this machine"):
-            measured = measure_machine()
-        flops, bandwidth = measured.matmul, measured.read
-    else:
-        known = known_device(device)
-        flops, bandwidth = known.flops, known.bandwidth
+    flops, bandwidth = rates_of(device)
     intensity = flops / bandwidth
     terms = Terms(batch, until_last, prefill)
     rows: list[dict[str, Any]] = []

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from thresher.cli import options as o
-from thresher.cli.planned import Device, PlannedModel, planned_shape
+from thresher.cli.planned import Device, PlannedModel, planned_shape, rates_of
 from thresher.cli.terminal import say, stderr, write_json
 from thresher.errors import UsageError
 
@@ -52,7 +52,6 @@ def speculation(
     """
     from rich.table import Table
 
-    from thresher.machine.devices import device as known_device
     from thresher.speculation.theory import Drafter, Gain, Hardware, best_gain, critical_length
 
     lengths, batches = o.numbers("context", context), o.numbers("batch", batch)
@@ -70,16 +69,9 @@ def speculation(
         drafter = Drafter(planned_shape(subject, weights), rates, None, draft_budget)
     else:
         raise UsageError(f"--draft {draft}: give self:METHOD or model:NAME")
-    if device == "this":
-        from thresher.evaluation.machine import measure_machine
-
-        with stderr.status("measuring this machine"):
-            measured = measure_machine()
-        hardware = Hardware(measured.matmul, measured.read, 1e-3 * overhead_ms)
-    else:
-        known = known_device(device)
-        factor = devices * efficiency
-        hardware = Hardware(known.flops * factor, known.bandwidth * factor, 1e-3 * overhead_ms)
+    flops, bandwidth = rates_of(device)
+    factor = 1.0 if device == "this" else devices * efficiency
+    hardware = Hardware(flops * factor, bandwidth * factor, 1e-3 * overhead_ms)
     gains: dict[tuple[int, int], Gain] = {
         (b, n): best_gain(shape, drafter, hardware, b, n) for n in lengths for b in batches
     }

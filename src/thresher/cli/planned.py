@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from thresher.cli.terminal import say
+from thresher.cli.terminal import say, stderr
 from thresher.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -61,6 +61,20 @@ def planned_shape(name: str, weights: str, kv: str | None = None) -> "ModelShape
         raise UsageError(f"--kv {kv}: choose from {', '.join(KV_SIZES)}")
     weight_bytes, value_bytes = SIZES[weights]
     return planned_decoder(name).shape(weight_bytes, KV_SIZES[kv] if kv else value_bytes)
+
+
+def rates_of(device: str) -> tuple[float, float]:
+    """Operations and bytes a second of a device; "this" is measured, about a second. Raises UsageError."""
+    from thresher.machine.devices import device as known_device
+
+    if device != "this":
+        known = known_device(device)
+        return known.flops, known.bandwidth
+    from thresher.evaluation.machine import measure_machine
+
+    with stderr.status("measuring this machine"):
+        measured = measure_machine()
+    return measured.matmul, measured.read
 
 
 def lengths_in(path: Path) -> list[float]:

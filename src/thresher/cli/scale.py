@@ -76,11 +76,10 @@ def run(
     from thresher.kinetics.experiment import run as run_experiment
     from thresher.kinetics.spread import here, on_ray
     from thresher.kinetics.spread import processes as in_processes
-    from thresher.kinetics.tasks import GENERATED, generate, read_problems
+    from thresher.kinetics.tasks import GENERATED, generate, read_problems, verifier
     from thresher.machine.cores import available_cores
 
-    parts = [part.strip() for text in attention or ["dense"] for part in text.split(";") if part.strip()]
-    methods = list(dict.fromkeys(parse_method(part) for part in parts))
+    methods = list(dict.fromkeys(map(parse_method, o.listed("attention", attention, "dense"))))
     stopping = Stopping(stop, confidence)
     if ray and processes > 1:
         raise UsageError("--processes and --ray: give one of them")
@@ -88,6 +87,7 @@ def run(
         problems, name = generate(task, questions, difficulty, seed, ask), f"{task}{difficulty}"
     else:
         problems, name = read_problems(Path(task), questions, ask), Path(task).stem
+    verifier()  # whether it is there, before anything takes long
     each = threads or max(1, available_cores() // processes)
     torch.set_num_threads(each)
     out.mkdir(parents=True, exist_ok=True)

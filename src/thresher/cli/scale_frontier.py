@@ -4,12 +4,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from thresher.cli import options as o
-from thresher.cli.planned import Device, planned_shape
+from thresher.cli.planned import Device, planned_shape, rates_of
 from thresher.cli.terminal import say, stderr, write_json
 from thresher.errors import UsageError
 
 if TYPE_CHECKING:
-    from thresher.kinetics.grid import Cell, Floats, Grid
+    from thresher.kinetics.analysis import Floats
+    from thresher.kinetics.grid import Cell, Grid
     from thresher.kinetics.published import Table
     from thresher.kinetics.traces import Trace
 
@@ -179,14 +180,8 @@ def grid_by(tables: "list[Table]", traces: "list[Trace]", intensity: float, orac
 
 def intensity_of(device: str) -> float:
     """Operations a byte."""
-    from thresher.machine.devices import device as known_device
-
-    if device != "this":
-        return known_device(device).intensity
-    from thresher.evaluation.machine import measure_machine
-
-    measured = measure_machine()
-    return measured.matmul / measured.read
+    flops, bandwidth = rates_of(device)
+    return flops / bandwidth
 
 
 def _pairs(grid: "Grid") -> list[tuple[str, str]]:

@@ -6,8 +6,8 @@ import typer
 from thresher.cli import options as o
 from thresher.cli.planned import Device
 from thresher.cli.scale_frontier import COUNTS, Files, OracleSearch, Tokenizer, grid_by, intensity_of, load
-from thresher.cli.terminal import say, write_json
-from thresher.errors import StorageError
+from thresher.cli.terminal import say, write_json, write_text
+from thresher.errors import UsageError
 
 if TYPE_CHECKING:
     from thresher.kinetics.published import Table
@@ -36,6 +36,8 @@ def report(
     from thresher.kinetics.analysis import accuracies
     from thresher.kinetics.report import Curve, caps_of, page, picture, table
 
+    if out.suffix not in (".html", ".htm"):
+        raise UsageError(f"--out {out}: the page is HTML; give a name that ends with .html")
     stopping = Stopping(stop)
     tables, traces = load(files, tokenizer, False)
     intensity = intensity_of(device)
@@ -47,11 +49,8 @@ def report(
     prompts = [q.prompt for t in traces for q in t.questions if q.prompt is not None]
     sources = f"{len(tables) + len(traces)} {'traces' if traces else 'tables'}, {len(grid.questions)} questions"
     text = page(grid, curves, intensity, sum(prompts) / len(prompts) if prompts else 128.0, f"{sources}, on {device}.")
-    try:
-        out.write_text(text, encoding="utf-8")
-        out.with_suffix(".csv").write_text(table(grid), encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{out}: cannot be written: {error.strerror}") from None
+    write_text(out, text)
+    write_text(out.with_suffix(".csv"), table(grid))
     picture(grid, curves, out.with_suffix(".png"))
     say(f"{out}, {out.with_suffix('.png')} and {out.with_suffix('.csv')} written")
     savings = [asdict(saving(t, stopping)) | {"model": t.model, "method": t.method} for t in traces if stop != "none"]

@@ -64,12 +64,17 @@ def write_json(path: Path | None, value: Any) -> None:
         sys.stdout.write(text)
         return
     check_json_target(path)
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """To a file (whole or not at all) or a pipe. Raises StorageError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if _is_stream(path):
             path.write_text(text)
             return
-        with temporary.open("x") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from thresher.errors import UsageError
 from thresher.evaluation.statistics import Interval
-from thresher.kinetics.analysis import coverage
-from thresher.kinetics.grid import Config, Floats, Grid
+from thresher.kinetics.analysis import Floats, coverage
+from thresher.kinetics.grid import Config, Grid
 
 NEARLY = 0.999  # of the best accuracy: the cheapest configuration with so much counts as the best one
 

@@ -1,19 +1,17 @@
 """Every configuration on every question: what it costs, and how often it is right."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from thresher.attention.base import AttentionMethod
 from thresher.errors import UsageError
-from thresher.kinetics.analysis import coverage
-from thresher.kinetics.law import PAPER, Terms, as_oracle, parse_reading, run_cost
+from thresher.kinetics.analysis import Floats, coverage
+from thresher.kinetics.law import PAPER, Reading, Terms, as_oracle, parse_reading, run_cost
 from thresher.kinetics.published import Table
-from thresher.kinetics.traces import Trace
+from thresher.kinetics.traces import Question, Trace
 from thresher.machine.cost import ModelShape
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -122,14 +120,10 @@ def trace_cells(
 ) -> Iterable[Cell]:
     """By the law, for so many samples each. oracle_search: finding the best keys costs our top-k nothing, as the paper
     counts. Raises UsageError if a question has no prompt length or too few samples."""
-    reading = parse_reading(trace.method)
-    reading = as_oracle(reading) if oracle_search else reading
-    for question in trace.questions:
-        if question.prompt is None:
-            raise UsageError(f"{trace.source}: question {question.key!r} has no prompt length")
+    for question, prompt, reading in _priced(trace, oracle_search):
         n = len(question.samples)
         for k in samples:
-            cost = run_cost(shape, reading, question.prompt, question.lengths, k, terms).total
+            cost = run_cost(shape, reading, prompt, question.lengths, k, terms).total
             yield Cell(
                 Config(trace.model, trace.method, trace.cap, k),
                 question.key,
@@ -145,12 +139,19 @@ def trace_cells(
 def sample_costs(trace: Trace, shape: ModelShape, intensity: float, oracle_search: bool = False) -> Floats:
     """Tera-eFLOPs of every single sample: its cost is as spread out as its length. Raises UsageError if a question has
     no prompt length."""
+    found = [
+        run_cost(shape, reading, prompt, [length]).eflops(intensity) * 1e-12
+        for question, prompt, reading in _priced(trace, oracle_search)
+        for length in question.lengths
+    ]
+    return np.array(found)
+
+
+def _priced(trace: Trace, oracle_search: bool) -> Iterator[tuple[Question, float, Reading | AttentionMethod]]:
+    """Questions with their prompts, and how the cache is read."""
     reading = parse_reading(trace.method)
     reading = as_oracle(reading) if oracle_search else reading
-    found = []
     for question in trace.questions:
         if question.prompt is None:
             raise UsageError(f"{trace.source}: question {question.key!r} has no prompt length")
-        for length in question.lengths:
-            found.append(run_cost(shape, reading, question.prompt, [length]).eflops(intensity) * 1e-12)
-    return np.array(found)
+        yield question, question.prompt, reading

@@ -6,7 +6,7 @@ read until the last sample ends, reading the prompt) is a switch that is off by 
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import comb
 
@@ -254,10 +254,3 @@ def drafted(plain: RunCost, draft: RunCost, gamma: int, tokens: float) -> RunCos
         Cost(plain.attention.flops * (gamma + 1), plain.attention.bytes),
     )
     return (verify + draft.times(gamma)).times(1 / tokens)
-
-
-def solve_prompt(cost_of: Callable[[float], float], cost: float) -> float:
-    """The prompt whose cost is this, where the cost grows linearly with it: tables state costs and not prompts."""
-    at_zero = cost_of(0)
-    slope = cost_of(1) - at_zero
-    return (cost - at_zero) / slope

@@ -168,13 +168,15 @@ def _row(entry: dict[str, str]) -> Row | None:
 
 def trace_of_table(table: Table, prompt_of: Callable[[Row], float | None]) -> Trace:
     """The samples behind a table: lengths are listed, and how many are right follows from the coverage of one. Which
-    ones are right it does not say: the first ones are marked."""
+    ones are right it does not say: the first ones are marked. Raises TraceError without rows of one sample."""
     questions = []
     for row in (r for r in table.rows if r.samples == 1):
         n = len(row.lengths)
         correct = round(row.coverage * n)
         samples = tuple(Sample(length, float(i < correct)) for i, length in enumerate(row.lengths))
         questions.append(Question(row.question, row.gold, samples, prompt_of(row)))
+    if not questions:
+        raise TraceError(f"{table.source}: no rows of one sample, by which it is known how many are right")
     cap = int(max(s.length for q in questions for s in q.samples))
     ended = tuple(replace(q, samples=tuple(replace(s, ended=s.length < cap) for s in q.samples)) for q in questions)
     return Trace(table.model, table.method, table.task, cap, ended, table.source)

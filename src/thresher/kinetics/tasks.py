@@ -128,8 +128,9 @@ def _gold(entry: dict[str, Any]) -> str | None:
 
 
 @cache
-def _verifier() -> tuple[Any, Any, Any]:
-    """math-verify's parse and verify, and what is looked for: a box, else the last expression."""
+def verifier() -> tuple[Any, Any, Any]:
+    """math-verify's parse and verify, and what is looked for: a box, else the last expression. Raises UsageError if it
+    is not installed."""
     try:
         from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
     except ImportError:
@@ -142,7 +143,7 @@ def _verifier() -> tuple[Any, Any, Any]:
 def judge(problem: Problem, text: str) -> tuple[str | None, float]:
     """The answer in a text, None if there is none, and 1.0 if it is right, else 0.0. Only in a process's main thread:
     math-verify bounds its time by a signal. Raises UsageError if math-verify is not installed."""
-    parse, verify, wanted = _verifier()
+    parse, verify, wanted = verifier()
     found = parse(text, extraction_config=wanted)
     if not found:
         return None, 0.0
