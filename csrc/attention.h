@@ -40,7 +40,8 @@ void merge_row(const Attention& args, int32_t sequence, int64_t row, char* memor
     __atomic_fetch_add(&seq.sparse->counters->fallbacks, int64_t(uncertain), __ATOMIC_RELAXED);
   }
   const int64_t token = seq.query_row + row / args.q_heads;
-  write_row<E>((typename E::Value*)args.out + (token * args.q_heads + row % args.q_heads) * dim, s.acc, l, dim);
+  const bool empty = seq.past + row / args.q_heads < args.blank;
+  write_row<E>((typename E::Value*)args.out + (token * args.q_heads + row % args.q_heads) * dim, s.acc, l, dim, empty);
 }
 
 // Of one thread.

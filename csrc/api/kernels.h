@@ -215,6 +215,7 @@ struct Attention {
   void* out;                                                  // [tokens, q_heads, head_dim]
   float scale;
   int64_t window;  // of the layer, 0 = none
+  int64_t blank;   // of the layer: so many first rows hold nothing and are seen by nobody
   const Sequence* sequences;
   int32_t sequence_count;
   const Item* items;
@@ -252,6 +253,18 @@ struct Rope {
   const void *cos, *sin;  // [tokens, rotary_dim] of `type`
   const float *q_norm, *k_norm;
   float eps;
+  int threads;
+};
+
+// Leaky averages y_t = x_t + decay y_{t-1} of the tokens [starts[i], starts[i + 1]) of each sequence, from before[i] on.
+struct Leaky {
+  const float* x;         // [tokens, heads, head_dim]
+  float* y;               // the same
+  const float* decay;     // [tokens or 1, heads]
+  int64_t decay_stride;   // elements between tokens; 0 if it is the same for all
+  const int64_t* starts;  // [sequences + 1]
+  const float* before;    // [sequences, heads, head_dim]
+  int64_t sequences, heads, head_dim;
   int threads;
 };
 
@@ -318,6 +331,7 @@ struct Kernels {
   int64_t (*scratch_bytes)(const Attention&);  // of one thread
   void (*rms_norm)(const RmsNorm&);
   void (*rope)(const Rope&);
+  void (*leaky)(const Leaky&);
   float (*read)(const float*, int64_t count, int threads);  // sums: a measured read of memory
   void (*project)(const Project&);
   void (*codes)(const Codes&);

@@ -77,7 +77,7 @@ void attend_item(const Attention& args, const Item& item, char* memory) {
     if (item.fold) {  // skip what no row of this block sees
       const Span& span = args.spans[item.first_span];
       const int64_t first = longest->past + span.query_begin;
-      const Visible v = visible(first, begin, end, args.window, longest->window, longest->sinks);
+      const Visible v = visible(args, *longest, first, begin, end);
       if (v.low >= keys && v.sink_low >= v.sink_high) continue;
     }
     int filled = 0;
@@ -110,7 +110,7 @@ void attend_item(const Attention& args, const Item& item, char* memory) {
         }
         const Sequence& seq = args.sequences[span->sequence];
         const int64_t t = span->query_begin + in_span / group, head = item.kv_head * group + in_span % group;
-        see[r] = visible(seq.past + t, begin, end, args.window, seq.window, seq.sinks);
+        see[r] = visible(args, seq, seq.past + t, begin, end);
         const Slots& slots = args.slots[span->sequence];
         slot[r] = slots.begin + (t * args.q_heads + head) * slots.count + part - (part < slots.sink_splits ? 0 : slots.gap);
         ++in_span;
@@ -138,7 +138,8 @@ void attend_item(const Attention& args, const Item& item, char* memory) {
   const Sequence& seq = args.sequences[span.sequence];
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t token = seq.query_row + span.query_begin + r / group, head = item.kv_head * group + r % group;
-    write_row<E>((Value*)args.out + (token * args.q_heads + head) * dim, s.acc + r * dim, s.sum[r], dim);
+    const bool empty = seq.past + span.query_begin + r / group < args.blank;
+    write_row<E>((Value*)args.out + (token * args.q_heads + head) * dim, s.acc + r * dim, s.sum[r], dim, empty);
   }
 }
 

@@ -79,6 +79,23 @@ void rope(const Rope& args) {
     rope_rows<BF16>(args);
 }
 
+// Step by step, so that the bits do not depend on how a sequence is cut into passes.
+void leaky(const Leaky& args) {
+  parallel_for(args.sequences * args.heads, 1, args.threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t sequence = i / args.heads, head = i % args.heads, row = args.heads * args.head_dim;
+      const float* last = args.before + i * args.head_dim;
+      for (int64_t t = args.starts[sequence]; t < args.starts[sequence + 1]; ++t) {
+        const float* x = args.x + t * row + head * args.head_dim;
+        float* y = args.y + t * row + head * args.head_dim;
+        const float decay = args.decay[t * args.decay_stride + head];
+        for (int64_t d = 0; d < args.head_dim; ++d) y[d] = x[d] + decay * last[d];
+        last = y;
+      }
+    }
+  });
+}
+
 // A plain sweep over memory: what the machine can read, to hold the other kernels against.
 float read_memory(const float* data, int64_t count, int threads) {
   float sums[most_threads] = {}, total = 0;

@@ -36,8 +36,9 @@ struct Visible {
   int low, high, sink_low, sink_high;
 };
 inline int clip(int64_t x, int64_t end) { return int(x < 0 ? 0 : x > end ? end : x); }
-inline Visible visible(int64_t q, int64_t begin, int64_t end, int64_t layer_window, int64_t window, int64_t sinks) {
-  const int64_t n = end - begin, reach = layer_window > 0 ? q - layer_window + 1 : 0;
+inline Visible visible(const Attention& args, const Sequence& seq, int64_t q, int64_t begin, int64_t end) {
+  const int64_t n = end - begin, window = seq.window, sinks = seq.sinks;
+  const int64_t oldest = args.window > 0 ? q - args.window + 1 : 0, reach = oldest > args.blank ? oldest : args.blank;
   const int64_t recent = window > 0 && q - window + 1 > reach ? q - window + 1 : reach;
   return {clip(recent - begin, n), clip(q + 1 - begin, n), clip(reach - begin, n),
           window > 0 ? clip((sinks < q + 1 ? sinks : q + 1) - begin, n) : 0};

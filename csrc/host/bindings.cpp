@@ -63,6 +63,14 @@ void bind_elementwise(nb::module_& m) {
       },
       nb::call_guard<nb::gil_scoped_release>());
   m.def(
+      "leaky",
+      [](const KernelSet& k, uintptr_t x, uintptr_t y, uintptr_t decay, int64_t decay_stride, const std::vector<int64_t>& starts,
+         uintptr_t before, int64_t heads, int64_t head_dim, int threads) {
+        k.table->leaky({at<const float>(x), at<float>(y), at<const float>(decay), decay_stride, starts.data(),
+                        at<const float>(before), int64_t(starts.size()) - 1, heads, head_dim, threads});
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
       "read_memory",
       [](const KernelSet& k, uintptr_t data, int64_t count, int threads) {
         return k.table->read(at<float>(data), count, threads);
@@ -131,7 +139,8 @@ void bind_plan(nb::module_& m) {
       .def(
           "attend",
           [](Plan& self, int layer, uintptr_t q, int64_t q_token, int64_t q_head, uintptr_t k, int64_t k_token,
-             int64_t k_head, uintptr_t v, int64_t v_token, int64_t v_head, uintptr_t out, float scale, int64_t window) {
+             int64_t k_head, uintptr_t v, int64_t v_token, int64_t v_head, uintptr_t out, float scale, int64_t window,
+             int64_t blank) {
             Attention args{};
             args.layer = layer;
             args.q = at(q);
@@ -146,6 +155,7 @@ void bind_plan(nb::module_& m) {
             args.out = at(out);
             args.scale = scale;
             args.window = window;
+            args.blank = blank;
             self.attend(args);
           },
           nb::call_guard<nb::gil_scoped_release>());

@@ -336,6 +336,7 @@ bool Plan::fits(Type type, int q_heads, int kv_heads, int head_dim, int64_t toke
 void Plan::attend(Attention args) {
   if (args.layer < 0 || args.layer >= layers_)
     throw std::invalid_argument("Plan.attend: layer " + std::to_string(args.layer) + " of " + std::to_string(layers_));
+  if (args.blank < 0) throw std::invalid_argument("Plan.attend: " + std::to_string(args.blank) + " blank rows");
   const std::lock_guard<std::recursive_mutex> turn(workspace_->turn);
   run(args, of_layer(args.layer, args.window));
   const int64_t value = value_bytes(shape_.type), row = shape_.head_dim * value;

@@ -61,8 +61,9 @@ inline void fold(float& max, float& sum, float* acc, float m, float l, const flo
 }
 
 template <class E>
-void write_row(typename E::Value* out, const float* acc, float sum, int64_t head_dim) {
-  const float inverse = 1 / sum;  // nothing at all to divide is no number, as in any softmax
+void write_row(typename E::Value* out, const float* acc, float sum, int64_t head_dim, bool empty) {
+  // Of rows, nothing at all to divide is no number, as in any softmax. Of no rows (`empty`) there is no average: 0.
+  const float inverse = empty ? 0 : 1 / sum;
   int64_t d = 0;
   for (; d + W <= head_dim; d += W) E::put_vector(out + d, load<vf>(acc + d) * inverse);
   for (; d < head_dim; ++d) E::put(out + d, acc[d] * inverse);

@@ -50,12 +50,13 @@ void attend_densely(const Attention& args, const Sequence& seq, int64_t head, ch
       s.tile.key_rows[j] = at.key;
       s.tile.value_rows[j] = at.value;
     }
-    const Visible see{0, keys, 0, 0};
+    const Visible see{clip(args.blank - begin, keys), keys, 0, 0};
     float top, weight;
     attend_tile<E, D>(args, s.tile, 1, q, &see, keys, true, true, &top, &weight, [](float*) {});
     fold(max, sum, s.acc, top, weight, s.tile.acc, dim);
   }
-  write_row<E>((Value*)args.out + (seq.query_row * args.q_heads + head) * dim, s.acc, sum, dim);
+  write_row<E>((Value*)args.out + (seq.query_row * args.q_heads + head) * dim, s.acc, sum, dim,
+               seq.past < args.blank);
 }
 
 THRESHER_ISA_END

@@ -33,6 +33,7 @@ struct Gather {
         inclusion(E(), of.args, of.sparse, of.kv_head, of.queries, of.dim) {}
 
   void add(int64_t position, int64_t which, uint32_t who) {
+    if (position < group.args.blank) return;
     const int64_t row_bytes = group.dim * int64_t(sizeof(Value));
     run = run_of(group.seq, run, position);
     const RowAddress at = row_address(group.args, *run, group.kv_head, position, row_bytes);

@@ -30,7 +30,7 @@ class Cached:
         return torch.cat(parts, dim=2)
 
 
-def run(sequences, heads, dtype, layer=1, layer_window=0, visibility=None):
+def run(sequences, heads, dtype, layer=1, layer_window=0, visibility=None, blank=0):
     """Attend all in one plan; returns the output of each and its float64 reference."""
     visibility = visibility or [None] * len(sequences)
     plan = AttentionPlan(heads, dtype, _native.Workspace())
@@ -41,15 +41,31 @@ def run(sequences, heads, dtype, layer=1, layer_window=0, visibility=None):
     qkv = torch.randn(n, width).to(dtype).view(n, -1, heads.head_dim)
     q, k, v = qkv.split([heads.q_heads, heads.kv_heads, heads.kv_heads], dim=1)
     scale = heads.head_dim**-0.5
-    out = plan.attend(layer, q, k, v, scale, layer_window)
+    out = plan.attend(layer, q, k, v, scale, layer_window, blank)
     outs, references, at = [], [], 0
     for s, see in zip(sequences, visibility, strict=True):
         keys, values = s.rows(layer)
         assert torch.equal(keys[:, s.past :], k[at : at + s.new].transpose(0, 1))
         outs.append(out[at : at + s.new])
-        references.append(reference_attention(q[at : at + s.new], keys, values, scale, layer_window, see))
+        references.append(reference_attention(q[at : at + s.new], keys, values, scale, layer_window, see, blank))
         at += s.new
     return outs, references
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("blank", [1, 3, 64, 300])
+@pytest.mark.parametrize(
+    ("window", "visibility"), [(0, None), (70, None), (0, Visibility(40, 5)), (90, Visibility(40, 80))]
+)
+def test_blank_rows_are_seen_by_nobody(isa, dtype, blank, window, visibility):
+    """And queries that see only such rows, which come first in a sequence, give 0."""
+    torch.manual_seed(blank)
+    heads = Heads(4, 2, 32)
+    batch = [
+        Cached(lengths, new, heads, dtype)
+        for lengths, new in (([0], 1), ([0], 100), ([0], 3), ([500], 1), ([40, 290], 5))
+    ]
+    check(*run(batch, heads, dtype, 1, window, [visibility] * len(batch), blank), dtype)
 
 
 def test_one_plan_for_several_windows():

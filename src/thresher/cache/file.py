@@ -37,6 +37,7 @@ from thresher.cache.format import (
     raw,
     read_at,
     read_into,
+    state_positions,
     write_all,
 )
 from thresher.cache.mapping import MappedFile
@@ -62,13 +63,14 @@ def _silent(done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A mapped file: int32 ids `[length]`, rows `[layers, 2, kv_heads, length, head_dim]`, and the index if it has one;
-    all of them views of the mapping."""
+    """A mapped file: int32 ids `[length]`, rows `[layers, 2, kv_heads, length, head_dim]`, snapshots of the recurrent
+    state by position, and the index if it has one; all of them views of the mapping."""
 
     file: MappedFile
     info: KVFileInfo
     token_ids: np.ndarray
     rows: torch.Tensor
+    states: dict[int, torch.Tensor]
     arrays: Arrays | None
 
 
@@ -99,7 +101,10 @@ def open_kv(
     """
     opened = _open(path, expect, layout, verify, progress)
     segment = Segment(opened.rows, opened.file)
-    return KVSequence(opened.info.layout, segment, opened.token_ids.tolist()), opened.info, opened.arrays
+    sequence = KVSequence(opened.info.layout, segment, opened.token_ids.tolist())
+    sequence.states = {position: state.clone() for position, state in opened.states.items()}
+    opened.file.check()
+    return sequence, opened.info, opened.arrays
 
 
 def _open(path: Path, expect: Identity | None, layout: KVLayout | None, verify: bool, progress: Progress) -> _Opened:
@@ -110,10 +115,11 @@ def _open(path: Path, expect: Identity | None, layout: KVLayout | None, verify: 
         file = MappedFile(path, fd, size)
     token_ids = np.frombuffer(file.memory, dtype="<i4", count=info.length, offset=where.tokens)
     rows = _rows_at(file.memory, info.layout, info.length, where.rows)
+    states = _states_at(file.memory, info, where.states)
     if verify:
         for i, expected in enumerate(checksums):
             block = slice(i * BLOCK, min((i + 1) * BLOCK, info.length))
-            if block_checksum(token_ids[block], rows[:, :, :, block]) != expected:
+            if block_checksum(token_ids[block], rows[:, :, :, block], states.get(block.stop)) != expected:
                 raise KVFileDamagedError(
                     f"{path} is damaged: tokens {block.start} to {block.stop} do not match their checksum"
                 )
@@ -122,7 +128,7 @@ def _open(path: Path, expect: Identity | None, layout: KVLayout | None, verify: 
         raise KVFileDamagedError(f"{path} is damaged: negative token ids")
     arrays = read_arrays(file.memory, where.end, path, verify) if size > where.end else None
     file.check()
-    return _Opened(file, info, token_ids, rows, arrays)
+    return _Opened(file, info, token_ids, rows, states, arrays)
 
 
 def save(
@@ -177,6 +183,7 @@ class KVFileWriter:
         self._say = say
         self._part = path.with_name(path.name + ".part")
         self._where: Offsets = offsets(info, size)
+        self._states = {position: i for i, position in enumerate(state_positions(info))}
         self._checksums_at = checksums_at(info)
         self._described = encode_header(info, [0] * info.blocks)[8 : self._checksums_at]  # what follows the magic
         self._token_ids = np.asarray(token_ids, dtype="<i4")
@@ -197,15 +204,21 @@ class KVFileWriter:
         self.done = min(len(self._checksums) * BLOCK, info.length)
 
     def load(self) -> KVSequence:
-        """A sequence with the tokens that are done, in memory of its own."""
+        """A sequence with the tokens that are done, in memory of its own; of a model with recurrent state only those up
+        to the last snapshot."""
         sequence = KVSequence(self.info.layout)
-        if self.done:
-            sequence.reserve(self.done)
-            data = sequence.incoming(self.done)[-1][0]
+        done, states = self.done, {}
+        if self.info.layout.state_bytes:
+            positions = [p for p in state_positions(self.info) if p <= self.done]
+            done = positions[-1] if positions else 0
+            states = {p: state for p in positions if (state := self._read_state(p)) is not None}
+        if done:
+            sequence.reserve(done)
+            data = sequence.incoming(done)[-1][0]
             with _storage_errors(self.path):
-                if not self._read_rows(data, 0, self.done):
+                if not self._read_rows(data, 0, done):
                     raise StorageError(f"{self._part} was cut while it was read; start again")
-            sequence.advance(self._token_ids[: self.done].tolist())
+            sequence.advance(self._token_ids[:done].tolist(), states)
         return sequence
 
     def write(self, sequence: KVSequence, upto: int) -> None:
@@ -219,8 +232,11 @@ class KVFileWriter:
         with _storage_errors(self.path):
             for begin in range(self.done, end, BLOCK):
                 stop = min(begin + BLOCK, end)
-                rows = sequence.rows(begin, stop)
-                checksums.append(block_checksum(self._token_ids[begin:stop], rows))
+                rows, state = sequence.rows(begin, stop), None
+                if stop in self._states:
+                    state = sequence.states[stop]
+                    write_all(self._fd, raw(state.contiguous()), self._state_at(stop))
+                checksums.append(block_checksum(self._token_ids[begin:stop], rows, state))
                 for plane, at in zip(rows.flatten(0, 2), self._planes_at(begin), strict=True):
                     write_all(self._fd, raw(plane.contiguous()), at)
             sequence.check()
@@ -329,9 +345,10 @@ class KVFileWriter:
         for begin, expected in zip(range(0, length, BLOCK), noted, strict=True):
             stop = min(begin + BLOCK, length)
             rows = layout.empty(stop - begin)
+            state = self._read_state(stop) if stop in self._states else None
             if not expected or not self._read_rows(rows, begin, stop):
                 break
-            if block_checksum(self._token_ids[begin:stop], rows) != expected:
+            if block_checksum(self._token_ids[begin:stop], rows, state) != expected:
                 break
             good.append(expected)
         return good
@@ -342,12 +359,31 @@ class KVFileWriter:
         counts = [read_into(self._fd, part, at) for part, at in zip(parts, self._planes_at(begin), strict=True)]
         return counts == [len(part) for part in parts]
 
+    def _read_state(self, position: int) -> torch.Tensor | None:
+        """The snapshot after so many tokens; None if the file ends before it."""
+        state = torch.empty(self.info.layout.state)
+        memory = raw(state)
+        return state if read_into(self._fd, memory, self._state_at(position)) == len(memory) else None
+
+    def _state_at(self, position: int) -> int:
+        """Where in the file that snapshot lies."""
+        return self._where.states + self._states[position] * self.info.layout.state_bytes
+
     def _planes_at(self, begin: int) -> list[int]:
         """Where the rows from position `begin` on of each (layer, key or value, KV head) lie in the file."""
         layout = self.info.layout
         row_bytes = layout.head_dim * layout.dtype.itemsize
         planes = layout.layers * 2 * layout.kv_heads
         return [self._where.rows + (i * self.info.length + begin) * row_bytes for i in range(planes)]
+
+
+def _states_at(memory: mmap.mmap, info: KVFileInfo, offset: int) -> dict[int, torch.Tensor]:
+    positions = state_positions(info)
+    if not positions:
+        return {}
+    layers, size = info.layout.state
+    flat = torch.frombuffer(memory, dtype=torch.float32, count=len(positions) * layers * size, offset=offset)
+    return dict(zip(positions, flat.view(len(positions), layers, size), strict=True))
 
 
 def _rows_at(memory: mmap.mmap, layout: KVLayout, length: int, offset: int) -> torch.Tensor:

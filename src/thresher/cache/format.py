@@ -2,11 +2,13 @@
 
     magic (8) | version u32 | header bytes u32 | header JSON | xxh3_64 of all before u64 | zeros to 4096
     token ids int32 [length] | zeros to 4096
+    of models with recurrent state: snapshots float32 [ceil(length / 2048), layers, size] | zeros to 4096
     keys and values [layers, 2, kv_heads, length, head_dim]
     optionally an index (cache/arrays.py)
 
-The header says whose cache it is and holds one xxh3_64 for every block of 512 tokens, over their ids and all their
-rows. All integers are little endian.
+The header says whose cache it is and holds one xxh3_64 for every block of 512 tokens, over their ids, all their rows,
+and the snapshot after their last token if there is one: every 2,048 tokens and at the end. All
+integers are little endian.
 """
 
 import json
@@ -21,13 +23,14 @@ import numpy as np
 import torch
 import xxhash
 
-from thresher.cache.sequence import KVLayout
+from thresher.cache.sequence import STATE_EVERY, KVLayout
 from thresher.errors import KVFileDamagedError, KVFileVersionError, NotAKVFileError
 
 MAGIC = b"THRESHKV"
 PART_MAGIC = b"THRESHPT"  # in its place while the file is being written
 INDEX_MAGIC = b"THRESHIX"  # of what may follow the rows
 VERSION = 2
+STATEFUL_VERSION = 3  # of files with snapshots
 BLOCK = 512  # tokens under one checksum
 PAGE = 4096
 MOST_NAMES = 1 << 18  # bytes of a header's JSON without checksums
@@ -83,14 +86,23 @@ class Offsets:
     """Where the parts of a file begin, and where its rows end, in bytes."""
 
     tokens: int
+    states: int
     rows: int
     end: int
 
 
 def offsets(info: KVFileInfo, header_bytes: int) -> Offsets:
     tokens = pages(16 + header_bytes + 8)
-    rows = tokens + pages(4 * info.length)
-    return Offsets(tokens, rows, rows + info.length * info.layout.bytes_per_token)
+    states = tokens + pages(4 * info.length)
+    rows = states + pages(info.layout.state_bytes * len(state_positions(info)))
+    return Offsets(tokens, states, rows, rows + info.length * info.layout.bytes_per_token)
+
+
+def state_positions(info: KVFileInfo) -> list[int]:
+    """Numbers of tokens after which the file keeps a snapshot of the recurrent state, in order."""
+    if not info.layout.state_bytes:
+        return []
+    return [*range(STATE_EVERY, info.length, STATE_EVERY), info.length]
 
 
 def describe(info: KVFileInfo) -> dict[str, Any]:
@@ -107,14 +119,15 @@ def describe(info: KVFileInfo) -> dict[str, Any]:
         "framing": info.framing,
         "source": asdict(info.source) if info.source else None,
         "model": info.model,
-    }
+    } | ({"state": list(layout.state)} if layout.state_bytes else {})
 
 
 def encode_header(info: KVFileInfo, checksums: list[int]) -> bytes:
     """Magic to header checksum. Its size depends on the info alone."""
     fields = describe(info) | {"checksums": encode_checksums(checksums)}  # last: see `checksums_at`
     body = json.dumps(fields, ensure_ascii=True).encode()
-    head = MAGIC + struct.pack("<II", VERSION, len(body)) + body
+    version = STATEFUL_VERSION if info.layout.state_bytes else VERSION
+    head = MAGIC + struct.pack("<II", version, len(body)) + body
     return head + struct.pack("<Q", xxhash.xxh3_64_intdigest(head))
 
 
@@ -138,8 +151,10 @@ def decode_header(fd: int, path: Path, file_bytes: int) -> tuple[KVFileInfo, lis
     if len(head) < 16 or head[:8] != MAGIC:
         raise NotAKVFileError(f"{path} is not a KV file; make one with: thresher read")
     version, size = struct.unpack("<II", head[8:])
-    if version != VERSION:
-        raise KVFileVersionError(f"{path} has format version {version}; this Thresher reads version {VERSION}")
+    if version not in (VERSION, STATEFUL_VERSION):
+        raise KVFileVersionError(
+            f"{path} has format version {version}; this Thresher reads versions {VERSION} and {STATEFUL_VERSION}"
+        )
     # Parsed JSON may take many times its size in memory, so no more is read than a file of this size can need.
     if size > MOST_NAMES + 16 * (file_bytes // (_LEAST_TOKEN * BLOCK) + 1):
         raise KVFileDamagedError(f"{path} is damaged: its header is larger than such a file needs")
@@ -178,6 +193,12 @@ def decode_info(fields: Mapping[str, Any]) -> KVFileInfo:
             raise ValueError(name)
         return value
 
+    def state(values: Any) -> tuple[int, int]:
+        layers, size = values
+        if not all(type(n) is int and 0 <= n <= 1 << 24 for n in (layers, size)) or layers * size > 1 << 28:
+            raise ValueError("state")
+        return layers, size
+
     def texts(values: Any) -> dict[str, str]:
         if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
             raise ValueError("text expected")
@@ -188,6 +209,7 @@ def decode_info(fields: Mapping[str, Any]) -> KVFileInfo:
         kv_heads=number("kv_heads", 1, 1 << 16),
         head_dim=number("head_dim", 1, 1 << 16),
         dtype=_DTYPES[fields["dtype"]],
+        state=state(fields.get("state", [0, 0])),
     )
     named = texts({name: fields[name] for name in ("weights", "framing")} | {"model": fields.get("model", "")})
     if named["framing"] not in ("chat", "plain"):
@@ -227,10 +249,12 @@ def read_into(fd: int, data: memoryview, at: int) -> int:
     return done
 
 
-def block_checksum(token_ids: np.ndarray, rows: torch.Tensor) -> int:
-    """xxh3_64 over int32 token ids and the rows `[layers, 2, kv_heads, n, head_dim]`, plane by plane."""
+def block_checksum(token_ids: np.ndarray, rows: torch.Tensor, state: torch.Tensor | None = None) -> int:
+    """xxh3_64 over int32 token ids, the rows `[layers, 2, kv_heads, n, head_dim]` plane by plane, and a snapshot."""
     digest = xxhash.xxh3_64(token_ids.tobytes())
     planes = rows.flatten(0, 2)
     for some in torch.split(planes, max(1, _HASHED // (rows[0, 0, 0].numel() * rows.itemsize))):
         digest.update(raw(some.contiguous()))
+    if state is not None:
+        digest.update(raw(state.contiguous()))
     return digest.intdigest()

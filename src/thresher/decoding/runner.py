@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -16,6 +16,7 @@ from thresher.kernels import _native
 from thresher.kernels.attention import AttentionPlan, SparseReading, Visibility
 from thresher.machine.cost import ModelShape
 from thresher.models.load import Model
+from thresher.models.states import StateBatch
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Runner:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.layout = KVLayout(model.layers, model.heads.kv_heads, model.heads.head_dim, model.dtype)
+        self.layout = KVLayout(model.layers, model.heads.kv_heads, model.heads.head_dim, model.dtype, model.state_shape)
         self.shape = model_shape(model)
         self.index_shape = Shape(model.heads, model.dtype)
         self._workspace = _native.Workspace()  # of one pass at a time
@@ -85,6 +86,10 @@ class Runner:
             return 0
         return method.least_context(self.shape)
 
+    def fitted(self, method: SparseMethod) -> SparseMethod:
+        """The method as this model needs it: first rows of a cache that hold nothing are not to be chosen from."""
+        return replace(method, sinks=max(method.sinks, self.model.blank)) if self.model.blank else method
+
     def index_for(
         self, sequence: KVSequence, method: AttentionMethod | None, length: int | None = None
     ) -> Index | None:
@@ -95,6 +100,7 @@ class Runner:
         length = sequence.length if length is None else length
         if length <= self.dense_up_to(method):
             return None
+        method = self.fitted(method)
         index = sequence.index
         if not isinstance(index, Index) or not index.serves(method):
             index = Index(method, self.index_shape, self.model.layers)
@@ -142,7 +148,30 @@ class Runner:
         with self._passes:
             return self._pass(batch, plan)
 
+    def catch_up(self, sequence: KVSequence) -> None:
+        """Compute the recurrent state at the end of a sequence that was cropped to where no snapshot is, from the last
+        one before: the tokens since then once more, whose rows are those that are there. Every pass does so itself."""
+        if (known := sequence.state_length) == sequence.length:
+            return
+        again = sequence.view(known)
+        self.run([Work(again, sequence.token_ids[known:], logits=0)])
+        sequence.states = again.states
+
+    def _states(self, batch: Sequence[Work]) -> tuple[StateBatch | None, list[list[int]]]:
+        """The recurrent states of a pass, and at which positions of each sequence they are kept."""
+        if not self.layout.state_bytes:
+            return None, [[] for _ in batch]
+        kept = [self.layout.states_of(w.sequence.length, w.sequence.length + len(w.token_ids)) for w in batch]
+        states = StateBatch.fresh(self.layout.state, [len(w.token_ids) for w in batch], [])
+        begins = [start - w.sequence.length for start, w in zip(states.starts, batch, strict=False)]
+        tokens = [begin + p - 1 for begin, positions in zip(begins, kept, strict=True) for p in positions]
+        states.kept = torch.tensor(tokens, dtype=torch.int64)
+        states.before = torch.stack([w.sequence.state() for w in batch], dim=1)
+        return states, kept
+
     def _pass(self, batch: Sequence[Work], plan: AttentionPlan) -> torch.Tensor:
+        for work in batch:
+            self.catch_up(work.sequence)
         token_ids: list[int] = []
         positions: list[int] = []
         logit_rows: list[int] = []
@@ -160,14 +189,19 @@ class Runner:
             token_ids.extend(work.token_ids)
             positions.extend(range(sequence.length, sequence.length + n))
             logit_rows.extend(range(len(token_ids) - work.logits, len(token_ids)))
+        plan.states, kept = self._states(batch)
         with torch.inference_mode():
             logits = self.model.forward(
                 torch.tensor(token_ids), torch.tensor(positions), plan, torch.tensor(logit_rows, dtype=torch.int64)
             )
         for work in batch:
             work.sequence.check()
-        for work in batch:
-            work.sequence.advance(work.token_ids)
+        at = 0
+        for work, positions in zip(batch, kept, strict=True):
+            # Copies, each with memory of its own: snapshots of one pass are let go at different times.
+            snapshots = {p: plan.states.after[:, at + i].clone() for i, p in enumerate(positions)}
+            at += len(positions)
+            work.sequence.advance(work.token_ids, snapshots)
         return logits
 
     def _readings(self, work: Work) -> list[tuple[Visibility | None, SparseReading | None]]:
@@ -197,4 +231,5 @@ def model_shape(model: Model) -> ModelShape:
         weight_bytes=model.weight_bytes,
         weight_count=model.weight_bytes // size,
         value_bytes=model.dtype.itemsize,
+        state_bytes=4 * model.state_shape[0] * model.state_shape[1],
     )

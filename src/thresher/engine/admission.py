@@ -57,8 +57,10 @@ class Admission:
         limit = 0 if request.grow else min(request.params.max_new_tokens, left)
         grown = max(limit - 1, 0)
         index = index_bytes_per_token(request.indexed, self._runner.index_shape, self._runner.model.layers)
-        prompt = (request.prompt_length if request.grow else len(request.token_ids)) * row
-        sample = grown * row
+        layout = self._runner.layout
+        read = request.prompt_length if request.grow else len(request.token_ids)
+        prompt = read * row + layout.states_bytes(read)
+        sample = grown * row + layout.states_bytes(grown)
         if request.speculation and request.speculation.model and not request.grow:
             drafting = self._draft_models[request.speculation.model].runner.layout.bytes_per_token
             prompt += request.prompt_length * drafting

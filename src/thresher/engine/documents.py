@@ -110,6 +110,7 @@ def save_document(
 ) -> None:
     """Keep a context and the method's index of it as a KV file. model: where it can be loaded from."""
     index = runner.prepare(context.sequence, method)
+    runner.catch_up(context.sequence)
     save(
         path,
         context.sequence,
@@ -148,7 +149,7 @@ def _remark(runner: Runner, path: Path, sequence: KVSequence, method: AttentionM
     least = runner.dense_up_to(method)
     if sequence.length <= least:
         return f"attention is dense up to {least} tokens: there {method} would read as much"
-    if method.indexed and not (isinstance(sequence.index, Index) and sequence.index.serves(method)):
+    if method.indexed and not (isinstance(sequence.index, Index) and sequence.index.serves(runner.fitted(method))):
         held = f"an index for {sequence.index.method}" if isinstance(sequence.index, Index) else "no index"
         return f"{path} has {held}: building one for {method} (thresher read --attention keeps it)"
     return ""

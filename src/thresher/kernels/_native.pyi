@@ -57,6 +57,7 @@ class Plan:
         out: int,
         scale: float,
         window: int,
+        blank: int,
         /,
     ) -> None: ...
 
@@ -166,6 +167,19 @@ def sample(
     weights: int,
     tokens: int,
     scratch: int,
+    threads: int,
+    /,
+) -> None: ...
+def leaky(
+    kernels: KernelSet,
+    x: int,
+    y: int,
+    decay: int,
+    decay_stride: int,
+    starts: list[int],
+    before: int,
+    heads: int,
+    head_dim: int,
     threads: int,
     /,
 ) -> None: ...

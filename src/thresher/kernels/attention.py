@@ -1,6 +1,7 @@
 """Exact attention of a ragged batch over keys and values that lie in several runs of memory."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -47,6 +48,7 @@ class AttentionPlan:
         self.heads = heads
         self.dtype = dtype
         self.tokens = 0
+        self.states: Any = None  # of the recurrent layers of a model that has them (models/states.py)
         self._segments: list[torch.Tensor] = []  # and votes, kept alive, as the native plan has their addresses
         self._threads = threads()
         self.native = _native.Plan(
@@ -114,11 +116,13 @@ class AttentionPlan:
         v: torch.Tensor,
         scale: float,
         layer_window: int = 0,
+        blank: int = 0,
     ) -> torch.Tensor:
         """Store k, v behind the cached rows, then softmax(q k^T scale) v over what each query may see.
 
         q `[tokens, q_heads, head_dim]`, k and v `[tokens, kv_heads, head_dim]`, last dimension contiguous, the plan's
-        dtype. layer_window: a sliding window of the model's own (0: none). Returns `[tokens, q_heads, head_dim]`.
+        dtype. layer_window: a sliding window of the model's own (0: none). blank: so many first rows of the layer hold
+        nothing and are seen by nobody; a query that sees no row gives 0. Returns `[tokens, q_heads, head_dim]`.
         """
         for x, count in ((q, self.heads.q_heads), (k, self.heads.kv_heads), (v, self.heads.kv_heads)):
             if x.shape != (self.tokens, count, self.heads.head_dim) or x.dtype != self.dtype or x.stride(2) != 1:
@@ -141,6 +145,7 @@ class AttentionPlan:
             out.data_ptr(),
             scale,
             layer_window,
+            blank,
         )
         return out
 
@@ -152,6 +157,7 @@ def reference_attention(
     scale: float,
     layer_window: int = 0,
     visibility: Visibility | None = None,
+    blank: int = 0,
 ) -> torch.Tensor:
     """What `attend` computes for one sequence, in float64.
 
@@ -166,7 +172,8 @@ def reference_attention(
         seen &= key > query - layer_window
     if visibility:
         seen &= (key > query - visibility.window) | (key < visibility.sinks)
+    seen &= key >= blank
     k, v = (t.double().repeat_interleave(group, dim=0) for t in (k, v))
     scores = torch.einsum("nhd,hld->hnl", q.double(), k) * scale
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1).nan_to_num(0)  # nothing seen: 0
     return torch.einsum("hnl,hld->nhd", weights, v)

@@ -19,6 +19,7 @@ from thresher.kernels import _native
 from thresher.kernels.attention import AttentionPlan, Heads
 from thresher.kernels.native import kernel_set
 from thresher.models.resolve import cache_folder
+from thresher.models.states import StateBatch
 
 # Mean KL, nats a token, up to which stock layers on our attention, and native layers, count as right without more ado.
 # Trained models are at 0.001 in bf16. Some amplify rounding (they choose experts by it): if all is right in float32,
@@ -93,20 +94,30 @@ def own_logits(module: Any, token_ids: torch.Tensor) -> torch.Tensor:
 
 
 def logits_in_pieces(
-    run: Callable[..., torch.Tensor], heads: Heads, layers: int, dtype: torch.dtype, token_ids: torch.Tensor
+    run: Callable[..., torch.Tensor],
+    heads: Heads,
+    layers: int,
+    dtype: torch.dtype,
+    token_ids: torch.Tensor,
+    state_shape: tuple[int, int] = (0, 0),
 ) -> torch.Tensor:
-    """The same by `run` (Model.forward) on our attention, in pieces that each read the cache of those before."""
+    """The same by `run` (Model.forward) on our attention, in pieces that each read the cache of those before and go on
+    from their recurrent state."""
     count = len(token_ids)
     rows = torch.zeros(layers, 2, heads.kv_heads, count, heads.head_dim, dtype=dtype)
     workspace = _native.Workspace()
     cuts = sorted({0, count // 3, count // 3 + 1, count // 3 + 2, 2 * count // 3, count})
     logits = []
+    states = torch.zeros(state_shape[0], 1, state_shape[1])
     with torch.inference_mode():
         for begin, end in pairwise(cuts):
             plan = AttentionPlan(heads, dtype, workspace)
+            plan.states = StateBatch.fresh(state_shape, [end - begin])
+            plan.states.before = states
             plan.add(end - begin, begin, [(rows, end)])
             every = torch.arange(end - begin)
             logits.append(run(token_ids[begin:end], torch.arange(begin, end), plan, every))
+            states = plan.states.after
     return torch.cat(logits)
 
 

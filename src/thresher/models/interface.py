@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from thresher.errors import UnsupportedModelError
+from thresher.models.states import StateBatch, state_shape_of
 
 NAME = "thresher"
 
@@ -23,6 +24,7 @@ _HARMLESS = {
     "position_ids",
     "sliding_window",
     "use_cache",
+    "blank",
 }
 _NAMED = {
     "is_causal": "both directions",
@@ -36,7 +38,14 @@ class Attend(Protocol):
     """What computes attention during a forward pass: kernels.attention.AttentionPlan, or a stand-in."""
 
     def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, layer_window: int = 0
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        layer_window: int = 0,
+        blank: int = 0,
     ) -> torch.Tensor:
         """q `[tokens, q_heads, head_dim]`, k, v `[tokens, kv_heads, head_dim]` -> `[tokens, q_heads, head_dim]`."""
 
@@ -53,7 +62,8 @@ def attention_function(
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls in place of its own attention; query `[1, heads, tokens, head_dim]`.
 
-    The plan of the batch arrives as the keyword argument `thresher`, handed through `model.forward`.
+    The plan of the batch arrives as the keyword argument `thresher`, handed through `model.forward`. blank: so many
+    first rows of the layer hold nothing and are seen by nobody.
     """
     for name, given in kwargs.items():
         if name not in _HARMLESS and given is not None and not (name == "is_causal" and given):
@@ -74,7 +84,7 @@ def attention_function(
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = plan.attend(module.layer_idx, q, k, v, scale, window)  # type: ignore[arg-type]
+    out = plan.attend(module.layer_idx, q, k, v, scale, window, kwargs.get("blank", 0))  # type: ignore[arg-type]
     return out[None], None
 
 
@@ -156,6 +166,7 @@ class LayerCall:
     value_dim: int
     scale: float
     window: int
+    blank: int = 0
 
 
 @dataclass
@@ -164,20 +175,28 @@ class Recorder:
 
     calls: dict[int, LayerCall] = field(default_factory=dict)
     masks: MaskRecorder | None = None
+    states: StateBatch | None = None
 
     def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, layer_window: int = 0
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        layer_window: int = 0,
+        blank: int = 0,
     ) -> torch.Tensor:
         if layer in self.calls:
             raise UnsupportedModelError(f"layer {layer} calls attention more than once: Thresher does not compute it")
-        self.calls[layer] = LayerCall(q.shape[1], k.shape[1], q.shape[2], v.shape[2], scale, layer_window)
+        self.calls[layer] = LayerCall(q.shape[1], k.shape[1], q.shape[2], v.shape[2], scale, layer_window, blank)
         position = torch.arange(q.shape[0])
-        seen = position[None, :] <= position[:, None]
+        seen = (position[None, :] <= position[:, None]) & (position[None, :] >= blank)
         if layer_window:
             seen &= position[None, :] > position[:, None] - layer_window
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
-        return out[0].transpose(0, 1).contiguous()
+        return (out[0] * seen.any(-1)[None, :, None]).transpose(0, 1).contiguous()
 
 
 def forward(
@@ -211,12 +230,13 @@ def inspect_model(model: Any) -> Inspection:
     with _watched_linears(model) as read:
         _dry_run(model, recorder)
     _dry_run(model, Recorder(masks=MaskRecorder(position_limit(config))))
-    missing = sorted(set(range(config.num_hidden_layers)) - set(recorder.calls))
+    layers = attention_layers(config)
+    missing = sorted(set(range(layers)) - set(recorder.calls))
     if missing:
         raise UnsupportedModelError(
             f"{type(model).__name__}: layers {missing[:8]} are not softmax attention (linear or state space)"
         )
-    calls = [recorder.calls[i] for i in range(config.num_hidden_layers)]
+    calls = [recorder.calls[i] for i in range(layers)]
     first = calls[0]
     for i, call in enumerate(calls):
         if call.head_dim != call.value_dim:
@@ -261,6 +281,7 @@ def _watched_linears(model: nn.Module) -> Iterator[set[str]]:
 def _dry_run(model: Any, recorder: Recorder) -> None:
     global _recording
     tokens = torch.arange(5) % model.config.get_text_config().vocab_size
+    recorder.states = StateBatch.fresh(state_shape_of(model), [5])
     _recording = recorder.masks
     try:
         with torch.inference_mode():
@@ -294,6 +315,11 @@ def check_config(config: Any) -> None:
         raise UnsupportedModelError(f"{name} attends in both directions; Thresher runs causal language models")
     if getattr(config, "attn_logit_softcapping", None):
         raise UnsupportedModelError(f"{name} asks attention for soft-capped logits, which Thresher does not compute")
+
+
+def attention_layers(config: Any) -> int:
+    """Calls of attention in a pass, each with a KV cache of its own: most often one a layer."""
+    return int(getattr(config, "num_attention_layers", config.num_hidden_layers))
 
 
 def position_limit(config: Any) -> int:

@@ -39,6 +39,7 @@ from thresher.models.interface import (
 )
 from thresher.models.resolve import ModelSource, Progress
 from thresher.models.stack import Stack, plain_stack
+from thresher.models.states import state_shape_of
 
 # What --weights says: the dtype of the packed weights. Activations and KV cache are float32 only for float32.
 WEIGHTS = {"bf16": torch.bfloat16, "int8": torch.int8, "float32": torch.float32}
@@ -64,6 +65,8 @@ class Model:
     tokenizer_fingerprint: str
     stock_modules: tuple[str, ...] = ()  # kinds of module that were not swapped
     stack: Stack | None = None  # the plain loop over native layers, if it gives the bits of `module`
+    state_shape: tuple[int, int] = (0, 0)  # layers, and numbers of a layer, of a sequence's recurrent state
+    blank: int = 0  # most first rows of a layer's cache that hold nothing
     check: Check | None = None  # against transformers; None if it was prepared without
 
     def forward(
@@ -90,6 +93,8 @@ def load(
     if weights not in WEIGHTS:
         raise UsageError(f"weights '{weights}': choose one of {', '.join(WEIGHTS)}")
     from transformers import AutoModelForCausalLM
+
+    import thresher.models.mosaic  # noqa: F401  (registers its class with the auto classes)
 
     def make() -> Any:
         with redirect_stderr(io.StringIO()), _ClearErrors(source):
@@ -191,7 +196,7 @@ def checked(
 
 
 def _logits(model: Model, token_ids: torch.Tensor) -> torch.Tensor:
-    return logits_in_pieces(model.forward, model.heads, model.layers, model.dtype, token_ids)
+    return logits_in_pieces(model.forward, model.heads, model.layers, model.dtype, token_ids, model.state_shape)
 
 
 def _referee(
@@ -234,6 +239,8 @@ def prepare(module: Any, tokenizer: Any, name: str, weights: str, swap: bool = T
         tokenizer_fingerprint="",
         stock_modules=tuple(stock),
         stack=plain_stack(module, heads) if swap else None,
+        state_shape=state_shape_of(module),
+        blank=max(call.blank for call in seen.calls),
     )
 
 
