@@ -179,7 +179,7 @@ class Index:
         return self._ready(length)
 
     def _ready(self, length: int) -> int:
-        if not self.method.indexed or (self.blocks and not self.method.grows):
+        if not self.layers or not self.method.indexed or (self.blocks and not self.method.grows):
             return self.covered
         return self.covered + max(0, (length - self.method.window - self.covered) // GROUP * GROUP)
 

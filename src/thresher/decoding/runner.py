@@ -4,6 +4,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 
@@ -162,11 +163,16 @@ class Runner:
         if not self.layout.state_bytes:
             return None, [[] for _ in batch]
         kept = [self.layout.states_of(w.sequence.length, w.sequence.length + len(w.token_ids)) for w in batch]
-        states = StateBatch.fresh(self.layout.state, [len(w.token_ids) for w in batch], [])
-        begins = [start - w.sequence.length for start, w in zip(states.starts, batch, strict=False)]
+        starts = [0, *accumulate(len(w.token_ids) for w in batch)]
+        begins = [start - w.sequence.length for start, w in zip(starts, batch, strict=False)]
         tokens = [begin + p - 1 for begin, positions in zip(begins, kept, strict=True) for p in positions]
-        states.kept = torch.tensor(tokens, dtype=torch.int64)
-        states.before = torch.stack([w.sequence.state() for w in batch], dim=1)
+        layers, size = self.layout.state
+        states = StateBatch(
+            starts,
+            torch.tensor(tokens, dtype=torch.int64),
+            before=torch.stack([w.sequence.state() for w in batch], dim=1),
+            after=torch.empty(layers, len(tokens), size),
+        )
         return states, kept
 
     def _pass(self, batch: Sequence[Work], plan: AttentionPlan) -> torch.Tensor:

@@ -21,6 +21,8 @@ from thresher.kernels.elementwise import rms_norm, rope_
 from thresher.kernels.layer import LayerWeights, NativeLayer, Norm
 from thresher.kernels.linear import ACTIVATIONS, Activation, PackedLinear, pack_linear
 from thresher.models.interface import NAME, LayerCall
+from thresher.models.mosaic.memory import PersistentMemory
+from thresher.models.mosaic.native import NativePersistentMemory, native_persistent_memory
 
 # Largest relative difference of an element, in float32, that still counts as the same computation; and the size below
 # which a number is compared as if it had this one.
@@ -446,6 +448,9 @@ def fuse(model: Any, weights: torch.dtype, calls: list[LayerCall], keep: frozens
                 return fuser.attention(child, rotary[kind]) if kind in rotary else None
             if "RMSNorm" in type(child).__name__:
                 return fuser.norm(child)
+            if type(child) is PersistentMemory and (memory := native_persistent_memory(child, weights, TOLERANCE)):
+                visit(memory)  # its key extractor
+                return memory
             if isinstance(getattr(child, "down_proj", None), nn.Linear):
                 return fuser.mlp(child)
             if _packable(child):
@@ -477,6 +482,8 @@ def weight_bytes(model: nn.Module) -> int:
         for packed in vars(module).values():
             if isinstance(packed, PackedLinear):
                 total += packed.bytes
+        if isinstance(module, NativePersistentMemory):
+            total += sum(packed.bytes for packed in module.packed)
         if not isinstance(module, nn.Embedding):
             total += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
     return total

@@ -5,6 +5,7 @@ A model that has such states says so by a property `state_shape`, (layers, numbe
 """
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -31,21 +32,13 @@ class StateBatch:
     _lags: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def fresh(cls, shape: tuple[int, int], counts: list[int], kept: list[int] | None = None) -> "StateBatch":
-        """Sequences that begin here with so many tokens each; kept: by default the last token of each."""
-        starts = [0]
-        for n in counts:
-            starts.append(starts[-1] + n)
-        wanted = [end - 1 for end in starts[1:]] if kept is None else kept
+    def fresh(cls, shape: tuple[int, int], counts: list[int]) -> "StateBatch":
+        """Sequences that begin here with so many tokens each, of which the last states are kept."""
         layers, size = shape
-        return cls(
-            starts, torch.tensor(wanted), torch.zeros(layers, len(counts), size), torch.empty(layers, len(wanted), size)
-        )
-
-    @property
-    def single(self) -> bool:
-        """Whether every sequence has one token."""
-        return self.starts[-1] == len(self.starts) - 1
+        starts = [0, *accumulate(counts)]
+        kept = torch.tensor([end - 1 for end in starts[1:]])
+        states = torch.zeros(2, layers, len(counts), size)
+        return cls(starts, kept, *states)
 
     def lagged(self, x: torch.Tensor, before: torch.Tensor, lag: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A stream `[tokens, ...]` as it was `lag` tokens ago in its sequence, and the last `lag` rows at each of the

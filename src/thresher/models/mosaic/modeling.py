@@ -83,7 +83,8 @@ class MosaicBlock(GradientCheckpointingLayer):
         self.context_out = nn.Linear(count * d, d, bias=False)
         self.persistent_norm = nn.LayerNorm(d, eps=config.layer_norm_eps, bias=False)
         self.persistent: Any
-        if config.persistent == "memory":
+        self.remembers = config.persistent == "memory"
+        if self.remembers:
             self.persistent = PersistentMemory(config)
             self.persistent_out = nn.Linear(d, d, bias=False)
         else:
@@ -94,7 +95,7 @@ class MosaicBlock(GradientCheckpointingLayer):
     def state_sizes(self) -> list[int]:
         """Numbers of the state that each memory carries."""
         sizes = [sum(memory.state_sizes) for memory in self.memories]
-        return sizes + ([sum(self.persistent.state_sizes)] if isinstance(self.persistent, PersistentMemory) else [])
+        return [*sizes, sum(self.persistent.state_sizes)] if self.remembers else sizes
 
     def forward(self, x: torch.Tensor, long_delay: int | None = None) -> torch.Tensor:
         """Whole sequences `[batch, tokens, d]`. long_delay: of the long-term memory in this step."""
@@ -102,7 +103,7 @@ class MosaicBlock(GradientCheckpointingLayer):
         answers = [m.parallel(y, long_delay if i else None) for i, m in enumerate(self.memories)]
         x = x + self.dropout(self.context_out(torch.cat(answers, dim=-1)))
         y = self.persistent_norm(x)
-        if isinstance(self.persistent, PersistentMemory):
+        if self.remembers:
             return x + self.dropout(self.persistent_out(self.persistent.parallel(y)))
         return x + self.dropout(self.persistent(y))
 
@@ -119,7 +120,7 @@ class MosaicBlock(GradientCheckpointingLayer):
             after.append(new)
         x = x + self.context_out(torch.cat(answers, dim=-1))
         y = self.persistent_norm(x)
-        if isinstance(self.persistent, PersistentMemory):
+        if self.remembers:
             answer, new = self.persistent.recurrent(y, batch, before[-1])
             after.append(new)
             x = x + self.persistent_out(answer)
