@@ -1,0 +1,1 @@
+"""Memory Mosaics: training and experiments."""
