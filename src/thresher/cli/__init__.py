@@ -15,6 +15,7 @@ from thresher.cli.fidelity import fidelity
 from thresher.cli.generate import generate
 from thresher.cli.info import info
 from thresher.cli.methods import methods
+from thresher.cli.mosaic import mosaic
 from thresher.cli.options import with_options
 from thresher.cli.plan import plan
 from thresher.cli.read import read
@@ -51,6 +52,7 @@ evaluate.command()(with_options(fidelity))
 app.add_typer(bench, name="bench")
 app.add_typer(plan, name="plan")
 app.add_typer(scale, name="scale")
+app.add_typer(mosaic, name="mosaic")
 app.add_typer(evaluate, name="eval")
 
 

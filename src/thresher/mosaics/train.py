@@ -11,12 +11,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from thresher.errors import ModelError, StorageError, UsageError
+from thresher.evaluation.plots import load_pyplot, save_figure
 from thresher.models.mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM, decay_groups
 from thresher.mosaics.corpus import Corpus
 
@@ -114,8 +116,7 @@ class Blocks(Dataset[dict[str, torch.Tensor]]):
         return self.count
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed((self.seed << 32) + i)
-        at = int(torch.randint(len(self.ids) - self.block + 1, (), generator=generator))
+        at = int(np.random.default_rng([self.seed, i]).integers(len(self.ids) - self.block + 1))
         ids = self.ids[at : at + self.block].long()
         return {"input_ids": ids, "labels": ids}
 
@@ -291,6 +292,20 @@ def write_curve(points: list[Point], path: Path) -> None:
         writer.writerow(asdict(points[0]))
         writer.writerows(asdict(p).values() for p in points)
     os.replace(new, path)
+
+
+def plot_curve(curves: dict[str, list[Point]], path: Path) -> None:
+    """Training (dotted) and validation loss against tokens, of each training."""
+    pyplot = load_pyplot()
+    figure, axis = pyplot.subplots(figsize=(7, 4.5))
+    for i, (name, points) in enumerate(curves.items()):
+        tokens = [p.tokens for p in points]
+        axis.plot(tokens, [p.training for p in points], color=f"C{i}", ls=":", label=f"{name}, training")
+        axis.plot(tokens, [p.validation for p in points], color=f"C{i}", label=f"{name}, validation")
+    axis.set(xlabel="tokens of training", ylabel="loss, nats a token")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    save_figure(pyplot, figure, path)
 
 
 def read_curve(path: Path) -> list[Point]:

@@ -7,6 +7,7 @@ from transformers import PretrainedConfig
 KEYS = ("leaky", "gated")
 BANDWIDTHS = ("fixed", "adaptive")
 PERSISTENTS = ("memory", "swiglu")
+INITIALIZERS = ("library", "nano", "v2")
 
 
 class MemoryMosaicConfig(PretrainedConfig):
@@ -46,7 +47,7 @@ class MemoryMosaicConfig(PretrainedConfig):
         layer_norm_eps: float = 1e-5,
         trained_length: int = 0,
         max_position_embeddings: int = 1 << 20,
-        initializer: str = "v1",
+        initializer: str = "library",
         tie_word_embeddings: bool = True,
         use_cache: bool = True,
         **kwargs: Any,
@@ -57,7 +58,7 @@ class MemoryMosaicConfig(PretrainedConfig):
             ("keys", keys, KEYS),
             ("bandwidth", bandwidth, BANDWIDTHS),
             ("persistent", persistent, PERSISTENTS),
-            ("initializer", initializer, ("v1", "v2")),
+            ("initializer", initializer, INITIALIZERS),
         ):
             if value not in known:
                 raise ValueError(f"{name} '{value}': choose one of {', '.join(known)}")

@@ -147,7 +147,8 @@ class MemoryMosaicPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """v1: the published Library's start. v2: a normal distribution cut at three sigma, narrower with depth."""
+        """The published starts: of the Library, of nanoMosaics, and of v2, a normal distribution cut at three sigma and
+        narrower with depth."""
         config = self.config
         layers = config.num_hidden_layers
         for layer, block in enumerate(b for b in self.modules() if isinstance(b, MosaicBlock)):
@@ -160,7 +161,10 @@ class MemoryMosaicPreTrainedModel(PreTrainedModel):
                     _cut_normal(module.weight, 1 / math.sqrt(2 * fan_in * (layer + 1)))
                 else:
                     out = module in (block.context_out, getattr(block, "persistent_out", None))
-                    module.weight.normal_(0, 1 / math.sqrt(fan_in * (layers if out else 1)))
+                    if config.initializer == "nano":
+                        module.weight.normal_(0, 0.02 / math.sqrt(2 * layers) if out else 0.02)
+                    else:
+                        module.weight.normal_(0, 1 / math.sqrt(fan_in * (layers if out else 1)))
             elif isinstance(module, nn.LayerNorm):
                 module.weight.fill_(1)
             return
@@ -168,7 +172,7 @@ class MemoryMosaicPreTrainedModel(PreTrainedModel):
             if config.initializer == "v2":
                 _cut_normal(module.weight, 1 / math.sqrt(2 * config.hidden_size))
             else:
-                module.weight.normal_(0, 1)
+                module.weight.normal_(0, 0.02 if config.initializer == "nano" else 1)
         elif isinstance(module, nn.LayerNorm):
             module.weight.fill_(1)
 
@@ -340,7 +344,7 @@ class MemoryMosaicForCausalLM(MemoryMosaicPreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state
         wanted = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         hidden = hidden[:, logits_to_keep] if isinstance(logits_to_keep, torch.Tensor) else hidden[:, wanted]
-        if self.config.initializer == "v1":
+        if self.config.initializer == "library":
             hidden = hidden / math.sqrt(self.config.hidden_size)  # embeddings are drawn from N(0, 1)
         logits = self.lm_head(hidden)
         loss = None
