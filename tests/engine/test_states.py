@@ -289,3 +289,18 @@ def test_unfused_layers_run_as_well(folder):
         expected = stock(torch.tensor([tokens]), use_cache=False).logits[0]
     runner = Runner(prepare(stock, byte_tokenizer(), "mosaic", "float32", swap=False))
     assert torch.allclose(whole_logits(runner, tokens), expected, atol=2e-5)
+
+
+def test_a_context_longer_than_trained_is_said_once(tmp_path):
+    made = module(1)
+    made.config.trained_length = 100
+    made.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    said = []
+    llm = LLM(tmp_path, weights="float32", attention="dense", progress=said.append)
+    short = SamplingParams(max_new_tokens=2, ignore_eos=True)
+    llm.generate([ids(90)], short)
+    assert not any("trained with contexts" in s for s in said)
+    llm.generate([ids(99)], short)
+    llm.generate([ids(150)], short)
+    assert sum("trained with contexts of 100 tokens" in s for s in said) == 1

@@ -100,6 +100,8 @@ def describe_model(name: str, weights: str, trust_remote_code: bool) -> dict[str
         "head_dim": model.heads.head_dim,
         "sliding_windows": list(model.windows) if any(model.windows) else None,
         "positions": model.positions,
+        "trained_length": model.trained_length or model.positions,
+        "state_bytes": llm.runner.layout.state_bytes,
         "vocabulary": model.vocab_size,
         "kv_dtype": str(model.dtype).removeprefix("torch."),
         "kv_bytes_per_token": llm.runner.layout.bytes_per_token,

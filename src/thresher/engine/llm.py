@@ -115,6 +115,7 @@ class LLM:
         self.memory = MemoryAccount(self.kv_budget)
         self.engine = Engine(self.scheduler())
         self._preparing = threading.Lock()
+        self._told_length = False
 
     def _load_draft_model(self, speculation: Speculation, trust_remote_code: bool) -> DraftModel:
         """Raises UsageError if its tokens are not those of the model, CapacityError if memory is too small for both."""
@@ -232,6 +233,7 @@ class LLM:
         framing = _known(framing or default_framing(self.model.tokenizer))
         token_ids = document_tokens(self.model.tokenizer, text, framing)
         self.engine.check(self._document_request(KVSequence(self.runner.layout), token_ids))
+        self._tell_length(len(token_ids))
         source = source_of(name, text)
         if path is None:
             context = read_document(self.runner, self._prefill, token_ids, source, framing, self.indexed, progress)
@@ -350,12 +352,25 @@ class LLM:
         if len(each) != len(prompts):
             raise UsageError(f"{len(prompts)} prompts but {len(each)} sampling parameters")
         method, speculation = self._reading(attention, speculate)
+        for (ids, base), chosen in zip(prompts, each, strict=True):
+            self._tell_length(len(ids) + (base.length if base else 0) + chosen.max_new_tokens)
         shared = not isinstance(params, Sequence)  # one seed for several prompts: each draws numbers of its own
         requests = [
             Request(self.engine.new_id(), ids, chosen, base, method, speculation, number if shared else 0)
             for number, ((ids, base), chosen) in enumerate(zip(prompts, each, strict=True))
         ]
         return _placed(self.engine.submit(requests), [r.id for r in requests])
+
+    def _tell_length(self, tokens: int) -> None:
+        """Say once that a model without positions reads more than it was trained with: it may, for what that is
+        worth."""
+        trained = self.model.trained_length
+        if trained and tokens > trained and not self._told_length:
+            self._told_length = True
+            self._progress(
+                f"{self.model.name} has no positions and reads any length; it was trained with contexts of {trained} "
+                "tokens, and how well it uses more is for you to see"
+            )
 
     def _document_request(self, sequence: KVSequence, token_ids: list[int]) -> Request:
         params = SamplingParams(max_new_tokens=0)

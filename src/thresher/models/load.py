@@ -66,6 +66,7 @@ class Model:
     stock_modules: tuple[str, ...] = ()  # kinds of module that were not swapped
     stack: Stack | None = None  # the plain loop over native layers, if it gives the bits of `module`
     state_shape: tuple[int, int] = (0, 0)  # layers, and numbers of a layer, of a sequence's recurrent state
+    trained_length: int = 0  # of a model without positions, to which any length may be given; 0: `positions`
     blank: int = 0  # most first rows of a layer's cache that hold nothing
     check: Check | None = None  # against transformers; None if it was prepared without
 
@@ -240,6 +241,7 @@ def prepare(module: Any, tokenizer: Any, name: str, weights: str, swap: bool = T
         stock_modules=tuple(stock),
         stack=plain_stack(module, heads) if swap else None,
         state_shape=state_shape_of(module),
+        trained_length=int(getattr(config, "trained_length", 0)),
         blank=max(call.blank for call in seen.calls),
     )
 

@@ -47,7 +47,7 @@ class MemoryMosaicConfig(PretrainedConfig):
         layer_norm_eps: float = 1e-5,
         trained_length: int = 0,
         max_position_embeddings: int = 1 << 20,
-        initializer: str = "library",
+        initializer: str = "nano",
         tie_word_embeddings: bool = True,
         use_cache: bool = True,
         **kwargs: Any,
