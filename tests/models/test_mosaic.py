@@ -220,8 +220,7 @@ def test_what_decays():
 
 
 def test_published_starts():
-    model = mosaic(seed=5)
-    fresh = MemoryMosaicForCausalLM(model.config)
+    fresh = MemoryMosaicForCausalLM(mosaic(initializer="library").config)
     memory = fresh.model.blocks[0].memories[0]
     decay = (-10 * memory.keys.decay.abs()).exp()
     assert decay[0].item() == pytest.approx(math.exp(-0.5))
@@ -232,6 +231,11 @@ def test_published_starts():
     out = fresh.model.blocks[0].context_out.weight
     assert out.std().item() == pytest.approx(1 / math.sqrt(64 * 3), rel=0.05)
     assert fresh.lm_head.weight is fresh.model.embed_tokens.weight
+    nano = MemoryMosaicForCausalLM(mosaic().config)
+    assert nano.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert nano.model.blocks[0].context_out.weight.std().item() == pytest.approx(0.02 / math.sqrt(6), rel=0.05)
+    loss = nano.train()(input_ids=text(64, 4), labels=text(64, 4)).loss.item()
+    assert loss == pytest.approx(math.log(VOCABULARY), abs=0.1)  # it begins by knowing nothing
 
 
 def test_a_block_is_as_large_as_that_of_gpt2():

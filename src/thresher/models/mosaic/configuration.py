@@ -20,8 +20,10 @@ class MemoryMosaicConfig(PretrainedConfig):
     computed from each token). bandwidth: "fixed" (learned per head) or "adaptive" (grows with the pairs in memory).
     short_window: 0 for one memory of all pairs; else a short-term memory of the newest so many pairs, and a long-term
     memory of all but the newest `long_delay - 1`. long_delay_train: that delay is drawn from this range in each step
-    of training. trained_length: context that the model was trained with; there are no positions, so any length runs,
-    and what it is worth beyond is a question of the bandwidth.
+    of training. initializer: the published starts, of nanoMosaics ("nano"), of the Library ("library": embeddings as
+    large as what the norms give, and logits divided by sqrt(d); it begins by predicting the present token again, and
+    needs long to forget that), or of v2. trained_length: context that the model was trained with; there are no
+    positions, so any length runs, and what it is worth beyond is a question of the bandwidth.
 
     Raises ValueError if sizes do not fit each other.
     """
