@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 
 SOURCES := $(wildcard csrc/*.* csrc/*/*) CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: help install test check demo sanitize sweep tsan clean
+.PHONY: help install test check demo mosaic sanitize sweep tsan clean
 help:  ## List what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -38,6 +38,10 @@ test: check  ## Everything that must hold before a commit lands
 
 demo: install  ## Read a long text, ask it questions, show the times
 	$(BIN)/python examples/demo.py
+
+mosaic: install  ## Train a small Memory Mosaic on Shakespeare's plays (about 10 minutes), and let it speak
+	$(BIN)/thresher mosaic train --preset tiny --out build/mosaic
+	$(BIN)/thresher generate --model build/mosaic --raw "ROMEO. " --max-new-tokens 200 --temperature 0.7 --seed 1
 
 # A separate copy, imported without the editable install: AddressSanitizer must be loaded before Python.
 SANITIZED := build/sanitized

@@ -6,7 +6,7 @@ import torch
 
 from conftest import VOCAB, byte_tokenizer
 from thresher import LLM, SamplingParams
-from thresher.attention.registry import METHODS
+from thresher.attention.registry import METHODS, parse_method
 from thresher.cache import file as kv
 from thresher.cache.file import open_kv
 from thresher.cache.sequence import RECENT_STATES, STATE_EVERY, KVSequence
@@ -212,17 +212,30 @@ def test_a_changed_state_is_noticed(llm, tmp_path):
         llm.open(path)
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n != "dense"])
+READ = "dense_below=0,dense_layers=none"
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("dense", "lsh", "sample")])
 def test_methods_that_may_read_all_answer_as_dense_does(llm, document, name):
-    """And never the blank first rows."""
-    budget = {"lsh": "K=1,L=32", "sample": "draws=9000", "verified": "heavy=9000", "streaming": "window=9000"}
-    method = f"{name}:dense_below=0,dense_layers=none,{budget.get(name, 'budget=9000')}"
-    if name == "streaming":
-        method = "streaming:window=9000"
-    if name in ("lsh", "sample"):
-        pytest.skip("draws by chance")
+    budget = {"verified": "heavy=9000", "streaming": "window=9000"}.get(name, "budget=9000")
+    method = f"{name}:{budget}" if name == "streaming" else f"{name}:{READ},{budget}"
     dense = llm.ask(document, "Which fox?", GREEDY, attention="dense")[0][0].token_ids
     assert llm.ask(document, "Which fox?", GREEDY, attention=method)[0][0].token_ids == dense
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_blank_rows_are_read_by_no_method(llm, name):
+    """Whatever lies there: the answer has the same bits."""
+    method = parse_method({"dense": "dense", "streaming": "streaming:window=64"}.get(name, f"{name}:{READ},sinks=0"))
+    sequence = llm.read(TEXT).sequence
+    prepared = llm.runner.prepare(sequence, method)
+    assert name in ("dense", "streaming") or prepared.method.sinks == llm.model.blank
+    before = llm.runner.run([Work(sequence.fork(), [40], 1, method)])
+    memories = llm.model.module.config.memories
+    rows, _ = sequence.segments()[0]
+    for layer, cached in enumerate(rows):
+        cached[:, :, : memories[layer % len(memories)][0]] = 50
+    assert torch.equal(llm.runner.run([Work(sequence.fork(), [40], 1, method)]), before)
 
 
 def test_a_method_may_leave_all_layers_dense(folder):

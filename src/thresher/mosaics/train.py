@@ -69,7 +69,7 @@ class Settings:
 
 # small: nanoGPT's preset for characters. gpt2-small: the paper's.
 PRESETS = {
-    "tiny": Settings(),
+    "tiny": Settings(lr=2e-3),
     "small": Settings(
         layers=6, width=384, heads=6, batch=64, steps=5000, lr=1e-3, warmup=0.02, dropout=0.2, evaluate_every=250
     ),
