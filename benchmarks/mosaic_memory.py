@@ -2,8 +2,8 @@
 
     python benchmarks/mosaic_memory.py [pairs]
 
-Keys are leaky averages of random vectors for the symbols of a Markov chain, normalised, as a Mosaic makes them; the value
-of a pair is a vector for the symbol that came next. Error: mean |answer - exact| / |exact| over 64 queries.
+Keys are leaky averages of random vectors for the symbols of a Markov chain, normalised, as a Mosaic makes them; the
+value of a pair is a vector for the symbol that came next. Error: mean |answer - exact| / |exact| over 64 queries.
 """
 
 import statistics

@@ -15,7 +15,8 @@ from thresher.cli import start
 from thresher.cli.mosaic_icl import icl
 from thresher.cli.options import with_options
 from thresher.errors import UsageError
-from thresher.mosaics.automata import Measures, Sizes, batch, chance, measure
+from thresher.evaluation.plots import save_figure
+from thresher.mosaics.automata import Sizes, batch, chance, measure
 from thresher.mosaics.icl import (
     ARCHITECTURES,
     BASELINES,
@@ -77,8 +78,10 @@ def test_every_epoch_is_new():
     assert first != epoch_batches(known, TINY, 1, 0)
 
 
+@pytest.mark.parametrize("piece", [1, 3])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_gradients_are_those_of_the_whole_batch(architecture):
+def test_gradients_are_those_of_the_whole_batch(architecture, piece, monkeypatch):
+    monkeypatch.setattr("thresher.mosaics.icl._PIECE", piece)
     settings = replace(TINY, dropout=0.0)
     (instances,) = epoch_batches(training_automata(TINY, 7, 0), replace(TINY, batch=7), 0, 0)
     torch.manual_seed(0)
@@ -179,8 +182,9 @@ def test_training_can_be_repeated():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_predictions_do_not_see_what_follows(architecture):
+def test_predictions_do_not_see_what_follows(architecture, monkeypatch):
     """Neither the next token nor what pads an instance beside a longer one."""
+    monkeypatch.setattr("thresher.mosaics.icl._PIECE", 2)
     torch.manual_seed(0)
     model = build(architecture, TINY).eval()
     short, long = sorted(held_out(TINY)[0], key=lambda one: len(one.tokens))[::3]
@@ -242,8 +246,9 @@ def test_a_run_that_is_interrupted_goes_on(tmp_path):
     path.write_bytes(kept[:-30])  # killed while the last line was written
     assert run(*what, path, bars(shown)) == whole
     assert shown == ["transformer, 8 automata, seed 0"]
-    run(["gpt"], [5], [1], TINY, path, bars(shown))
-    assert shown[1:] == ["transformer, 5 automata, seed 1"]
+    more = run(["mosaic", "gpt"], [5], [0, 1], TINY, path, bars(shown))
+    assert shown[1:] == ["Memory Mosaic, 5 automata, seed 1", "transformer, 5 automata, seed 1"]
+    assert [(r.architecture, r.seed) for r in more.runs] == [("mosaic", 0), ("gpt", 0), ("mosaic", 1), ("gpt", 1)]
     with pytest.raises(UsageError, match=r"other settings \(lr 0.0005 and now 0.001\)"):
         run(*what[:3], replace(TINY, lr=1e-3), path)
 
@@ -260,18 +265,29 @@ def test_what_cannot_be():
         train("gpt", training_automata(TINY, 6, 0), replace(TINY, lr=1e30), 0)
 
 
-def test_curves(tmp_path):
+def test_curves(tmp_path, monkeypatch):
     report = run(["gpt"], [5, 8], [0, 1], TINY)
     found = of_seeds(report, "gpt", "tvd")
     assert {n: len(v) for n, v in found.items()} == {5: 2, 8: 2}
     assert found[8] == [r.test.tvd for r in report.runs if r.automata == 8]
     assert of_seeds(report, "mosaic", "tvd") == {}
+    lines = {}
+
+    def drawn(pyplot, figure, path):
+        for axis in figure.axes:
+            lines[axis.get_ylabel()] = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+        save_figure(pyplot, figure, path)
+
+    monkeypatch.setattr("thresher.mosaics.icl.save_figure", drawn)
     plot(report, tmp_path / "curves.png")
-    first = (tmp_path / "curves.png").read_bytes()
-    assert len(first) > 10_000
-    better = tuple(replace(r, test=Measures(1.0, 0.0)) for r in report.runs)
-    plot(replace(report, runs=better), tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes() != first
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert set(lines) == {"accuracy", "TVD"}
+    assert list(lines["TVD"]) == ["transformer", "chance", "ngram", "bayes"]
+    assert lines["TVD"]["transformer"] == [[5, sum(found[5]) / 2], [8, sum(found[8]) / 2]]
+    assert lines["accuracy"]["bayes"] == [
+        [0, report.baselines["bayes"].accuracy],
+        [1, report.baselines["bayes"].accuracy],
+    ]
 
 
 def test_the_command(tmp_path, capsys):

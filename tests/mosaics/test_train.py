@@ -10,7 +10,7 @@ from thresher import LLM, SamplingParams
 from thresher.errors import ModelError, UsageError
 from thresher.models.mosaic import MemoryMosaicForCausalLM
 from thresher.mosaics import train as module
-from thresher.mosaics.corpus import corpus, make_tokenizer, read_texts, token_ids
+from thresher.mosaics.corpus import Corpus, corpus, make_tokenizer, read_texts, token_ids
 from thresher.mosaics.text import losses_by_part
 from thresher.mosaics.train import Blocks, Settings, load_result, make_model, mean_loss, read_curve, train
 
@@ -154,6 +154,14 @@ def test_a_folder_of_another_training_is_refused(text, tokenizer, tmp_path):
     other = Settings(**vars(SETTINGS) | {"width": 64})
     with pytest.raises(UsageError, match="another training \\(width 32\\)"):
         train(other, text, tokenizer, tmp_path / "m")
+    changed = Corpus(text.training.clone(), text.validation)
+    changed.training[5] = 9
+    with pytest.raises(UsageError, match="another training \\(text "):
+        train(SETTINGS, changed, tokenizer, tmp_path / "m")
+    characters = make_tokenizer("chars", [TEXT])
+    spelled = corpus([TEXT], characters, 48)
+    with pytest.raises(UsageError, match="another training \\(vocabulary 257, text "):
+        train(SETTINGS, spelled, characters, tmp_path / "m")
     assert train(other, text, tokenizer, tmp_path / "m", resume=False).parameters > 0
 
 
@@ -232,3 +240,12 @@ def test_a_checkpoint_holds_no_pickle_of_ours(text, tokenizer, tmp_path):
     train(SETTINGS, text, tokenizer, tmp_path / "m")
     assert {f.suffix for f in (tmp_path / "m").iterdir() if f.is_file()} == {".csv", ".json", ".safetensors"}
     json.loads((tmp_path / "m" / "training.json").read_text())
+
+
+def test_mixed_precision(text, tokenizer, tmp_path):
+    settings = Settings(**vars(SETTINGS) | {"precision": "bf16", "steps": 20, "evaluate_every": 10, "lr": 1e-2})
+    result = train(settings, text, tokenizer, tmp_path / "m")
+    full = train(Settings(**vars(settings) | {"precision": "float32"}), text, tokenizer, tmp_path / "full")
+    assert result.validation != full.validation
+    assert result.validation == pytest.approx(full.validation, rel=0.05)
+    assert all(p.dtype == torch.float32 for p in MemoryMosaicForCausalLM.from_pretrained(tmp_path / "m").parameters())

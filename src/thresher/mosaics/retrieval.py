@@ -46,8 +46,8 @@ class Reading:
     """What one contextual memory was asked and gave in a text.
 
     weights: float32 `[heads, tokens, tokens]`, of pair i at token t; rows of tokens that found it empty are zeros.
-    beta: bandwidth `[tokens, heads]`; decay: lambda of the leaky key, `[tokens, heads]`, or `[1, heads]` if it is the
-    same for all tokens; share: c `[heads]`, of token i in the value of pair i.
+    beta: bandwidth; decay: lambda of the leaky key; `[tokens, heads]` each, or `[1, heads]` if it is the same for all
+    tokens. share: c `[heads]`, of token i in the value of pair i.
     uniform: what a head would have that reads all pairs alike.
     """
 
@@ -114,7 +114,7 @@ def load_mosaic(folder: Path) -> tuple[Any, Any]:
 
 def read_weights(memory: ContextualMemory, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What a memory does with its input x `[tokens, d]`: weights `[heads, tokens, tokens]` of pair i at token t, and
-    bandwidths `[tokens, heads]`, so that scores are beta k_t k_i of unit keys."""
+    bandwidths `[tokens, heads]` or `[1, heads]`, so that scores are beta k_t k_i of unit keys."""
     tokens = x.shape[0]
     batch = StateBatch.fresh((1, sum(memory.state_sizes)), [tokens])
     streams, _ = memory.recurrent(x, torch.arange(tokens), batch, batch.before[0])
@@ -125,7 +125,7 @@ def read_weights(memory: ContextualMemory, x: torch.Tensor) -> tuple[torch.Tenso
     weights = scores.masked_fill(~held, -torch.inf).softmax(-1)
     weights = torch.where(held.any(-1)[:, None], weights, 0.0)  # of no pairs there is no average: the answer is 0
     scale = streams.queries.norm(dim=-1)
-    return weights, scale if memory.adaptive else scale.square()
+    return weights, scale if memory.adaptive else scale[:1].square()  # fixed: a half in the query, a half in the key
 
 
 def held_pairs(tokens: int, delay: int, window: int) -> torch.Tensor:
@@ -141,11 +141,12 @@ def retrieve(model: MemoryMosaicForCausalLM, ids: torch.Tensor) -> Retrieval:
     config, blocks = model.config, model.model.blocks
     tokens, heads = len(ids), config.num_attention_heads
     if tokens < 2:
-        raise UsageError(f"a text of {tokens} tokens: give one of 2 tokens or more, so that there is a pair to read")
+        raise UsageError("the text has fewer than 2 tokens: there is no pair to read; give a longer one")
     all_heads = len(blocks) * len(config.memories) * heads
     if all_heads * tokens**2 > MOST_WEIGHTS:
         raise UsageError(
-            f"--tokens {tokens}: too many to show for {all_heads} heads; at most {int((MOST_WEIGHTS / all_heads) ** 0.5)}"
+            f"--tokens {tokens}: too many to show for {all_heads} heads; "
+            f"at most {int((MOST_WEIGHTS / all_heads) ** 0.5)}"
         )
     if int(ids.max()) >= config.vocab_size:
         raise ModelError(f"token {int(ids.max())} is none of the model's {config.vocab_size}: not its tokenizer")
@@ -182,7 +183,7 @@ def _reading(memory: ContextualMemory, layer: int, number: int, of: int, x: torc
         weights=weights,
         beta=beta,
         decay=memory.keys.contributions(x)[1].exp(),
-        share=memory.present,
+        share=memory.present.detach(),
         summaries=tuple(summarize(w, ids) for w in weights),
         uniform=summarize(every, ids),
     )
@@ -268,12 +269,11 @@ def page(found: Retrieval, tokenizer: Any, about: str) -> str:
 
 
 def _shown(r: Reading) -> dict[str, Any]:
-    beta = r.beta if (r.beta != r.beta[:1]).any() else r.beta[:1]
     tokens = r.weights.shape[1]
     below = torch.ones(tokens, tokens, dtype=torch.bool).tril(-1)
     heads = [
         {
-            "beta": _rounded(beta[:, head]),
+            "beta": _rounded(r.beta[:, head]),
             "decay": _rounded(r.decay[:, head]),
             "share": float(f"{float(r.share[head]):.4g}"),
             "summary": asdict(summary),

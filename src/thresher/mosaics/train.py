@@ -7,12 +7,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -234,7 +235,7 @@ def train(
     Raises UsageError if `out` holds another training, ModelError if the loss becomes no number.
     """
     model = make_model(settings, len(tokenizer), tokenizer.eos_token_id)
-    points = _prepare(out, settings, resume)
+    points = _prepare(out, settings, corpus, len(tokenizer), resume)
     checkpoint = get_last_checkpoint(str(out / CHECKPOINTS)) if resume else None
     done = int(Path(checkpoint).name.rpartition("-")[2]) if checkpoint else 0
     points = [p for p in points if p.step <= done]
@@ -317,26 +318,24 @@ def read_curve(path: Path) -> list[Point]:
     ]
 
 
-def _prepare(out: Path, settings: Settings, resume: bool) -> list[Point]:
+def _prepare(out: Path, settings: Settings, corpus: Corpus, vocabulary: int, resume: bool) -> list[Point]:
     """Make the folder, or see that what is there is this training. Returns its curve so far."""
     noted = out / CHECKPOINTS / "settings.json"
+    text = xxhash.xxh3_64(corpus.training.numpy().tobytes() + corpus.validation.numpy().tobytes()).hexdigest()
+    present = asdict(settings) | {"vocabulary": vocabulary, "text": text}
     if not resume and (out / CHECKPOINTS).exists():
         shutil.rmtree(out / CHECKPOINTS)
     try:
         noted.parent.mkdir(parents=True, exist_ok=True)
         if noted.exists():
-            earlier = Settings(**json.loads(noted.read_text(encoding="utf-8")))
-            if earlier != replace(settings, evaluate_every=earlier.evaluate_every):
-                raise UsageError(f"{out} holds another training ({_difference(earlier, settings)}): give another --out")
-        _write(noted, json.dumps(asdict(settings)))
+            earlier = json.loads(noted.read_text(encoding="utf-8"))
+            other = [f"{name} {value}" for name, value in earlier.items() if present.get(name) != value]
+            if other:
+                raise UsageError(f"{out} holds another training ({', '.join(other)}): give another --out, or --restart")
+        _write(noted, json.dumps(present))
     except OSError as error:
         raise StorageError(f"{out}: cannot be written: {error.strerror}") from error
     return read_curve(out / CURVE) if resume and (out / CURVE).exists() else []
-
-
-def _difference(a: Settings, b: Settings) -> str:
-    first, second = asdict(a), asdict(b)
-    return ", ".join(f"{name} {first[name]}" for name in first if first[name] != second[name])
 
 
 def _write(path: Path, text: str) -> None:
