@@ -17,7 +17,7 @@ using namespace THRESHER_ISA;
 
 extern const Kernels THRESHER_JOIN(kernels_, THRESHER_ISA);
 const Kernels THRESHER_JOIN(kernels_, THRESHER_ISA) = {
-    THRESHER_TEXT(THRESHER_ISA), linear, attend, scratch_bytes, rms_norm, rope, leaky, read_memory,
+    THRESHER_TEXT(THRESHER_ISA), linear, attend, scratch_bytes, rms_norm, rope, softmax_rows, leaky, read_memory,
     project, codes, tables, sample_scratch_bytes, sample,
 };
 }  // namespace thresher

@@ -256,6 +256,15 @@ struct Rope {
   int threads;
 };
 
+// y = softmax(x) of each row; y of `type`, each number is rounded by itself.
+struct Softmax {
+  Type type;
+  const float* x;  // [rows, width]
+  void* y;
+  int64_t rows, width;
+  int threads;
+};
+
 // Leaky averages y_t = x_t + decay y_{t-1} of the tokens [starts[i], starts[i + 1]) of each sequence, from before[i] on.
 struct Leaky {
   const float* x;         // [tokens, heads, head_dim]
@@ -331,6 +340,7 @@ struct Kernels {
   int64_t (*scratch_bytes)(const Attention&);  // of one thread
   void (*rms_norm)(const RmsNorm&);
   void (*rope)(const Rope&);
+  void (*softmax)(const Softmax&);
   void (*leaky)(const Leaky&);
   float (*read)(const float*, int64_t count, int threads);  // sums: a measured read of memory
   void (*project)(const Project&);

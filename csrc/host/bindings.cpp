@@ -63,6 +63,26 @@ void bind_elementwise(nb::module_& m) {
       },
       nb::call_guard<nb::gil_scoped_release>());
   m.def(
+      "persistent_memory",
+      [](const KernelSet& k, int type, int weight, uintptr_t x, uintptr_t y, int64_t rows, int64_t head_dim, int64_t pairs,
+         const std::vector<std::tuple<uintptr_t, uintptr_t>>& keys, const std::vector<std::tuple<uintptr_t, uintptr_t>>& values,
+         uintptr_t scores, uintptr_t weights, int threads) {
+        PersistentMemory memory{Type(type), {}, {}};
+        auto linear = [&](const std::tuple<uintptr_t, uintptr_t>& given, int64_t in, int64_t out) {
+          Linear args{};
+          args.weight = Type(weight);
+          args.w = at(std::get<0>(given));
+          args.scale = at<const float>(std::get<1>(given));
+          args.in = in;
+          args.out = out;
+          return args;
+        };
+        for (const auto& given : keys) memory.keys.push_back(linear(given, head_dim, pairs));
+        for (const auto& given : values) memory.values.push_back(linear(given, pairs, head_dim));
+        memory.run(k.table, at(x), at(y), rows, at<float>(scores), at(weights), threads);
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
       "leaky",
       [](const KernelSet& k, uintptr_t x, uintptr_t y, uintptr_t decay, int64_t decay_stride, const std::vector<int64_t>& starts,
          uintptr_t before, int64_t heads, int64_t head_dim, int threads) {

@@ -72,4 +72,31 @@ void Layer::run(Plan& plan, void* hidden, int64_t tokens, const void* cos, const
   apply(kernels, down, gated, tokens, hidden, hidden, threads);
 }
 
+void PersistentMemory::run(const Kernels* kernels, const void* x, void* y, int64_t rows, float* scores, void* weights,
+                           int threads) const {
+  const int64_t heads = int64_t(keys.size()), size = value_bytes(type);
+  for (int64_t h = 0; h < heads; ++h) {
+    const int64_t head_dim = keys[h].in, pairs = keys[h].out, offset = h * head_dim * size;
+    Linear args = keys[h];
+    args.x = (const char*)x + offset;
+    args.x_stride = heads * head_dim;
+    args.rows = rows;
+    args.y = scores;
+    args.y_stride = pairs;
+    args.y_f32 = true;
+    args.threads = threads;
+    kernels->linear(args);
+    kernels->softmax({type, scores, weights, rows, pairs, threads});
+    args = values[h];
+    args.x = weights;
+    args.x_stride = pairs;
+    args.rows = rows;
+    args.y = (char*)y + offset;
+    args.y_stride = heads * head_dim;
+    args.y_f32 = type == Type::f32;
+    args.threads = threads;
+    kernels->linear(args);
+  }
+}
+
 }  // namespace thresher

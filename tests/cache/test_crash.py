@@ -4,34 +4,40 @@ as a disk might have kept it, which may drop, reorder and tear whatever was not 
 import errno
 import os
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from thresher.cache import file as kv
+from thresher.cache import format as kv_format
 from thresher.cache.format import Identity, KVFileInfo
 from thresher.cache.sequence import KVLayout, KVSequence
 from thresher.errors import StorageError
 
 LAYOUT = KVLayout(layers=1, kv_heads=1, head_dim=4, dtype=torch.bfloat16)
+WITH_STATE = replace(LAYOUT, state=(2, 100))  # snapshots of more than a sector
+STATE_EVERY = 1024  # of whole blocks, but not of each
 TOKENS = 1100  # two whole blocks and a part
 SECTOR = 512
 LONG = "/models" * 80  # so that the checksums lie in another sector than what the header begins with
 ARRAYS = ({"method": "lsh", "blocks": []}, {"frozen/mean": torch.arange(300.0)})
 
 
-def sequence(seed, n=TOKENS):
-    made = KVSequence(LAYOUT)
+def sequence(seed, layout=LAYOUT, n=TOKENS):
+    made = KVSequence(layout)
     generator = torch.Generator().manual_seed(seed)
     made.append(
         torch.randint(0, 1000, (n,), generator=torch.Generator().manual_seed(0)).tolist(),
         torch.randn(1, 2, 1, n, 4, generator=generator).to(torch.bfloat16),
     )
+    if layout.state_bytes:
+        made.states = {p: torch.randn(layout.state, generator=generator) for p in (STATE_EVERY, n)}
     return made
 
 
-def info(weights="bf16"):
-    return KVFileInfo(Identity("m", "m", "t"), LAYOUT, TOKENS, weights, "plain", None, LONG)
+def info(layout, weights="bf16"):
+    return KVFileInfo(Identity("m", "m", "t"), layout, TOKENS, weights, "plain", None, LONG)
 
 
 class Recorder:
@@ -150,7 +156,7 @@ def ways_to_keep(disk, draw):
 
 
 def write_all(path, made, stops, say, **options):
-    with kv.KVFileWriter(path, info(), made.token_ids, **options) as writer:
+    with kv.KVFileWriter(path, info(made.layout), made.token_ids, **options) as writer:
         for stop in stops:
             writer.write(made, stop)
             say("safe", writer.done)
@@ -170,14 +176,14 @@ def resumed(path, made, recorder):
 
 def over_the_part_of_another(path, made, recorder):
     """It has the same tokens and a header of the same length, but other rows, all of them synced."""
-    other = sequence(5)
-    with kv.KVFileWriter(path, info("int8"), other.token_ids) as writer:
+    other = sequence(5, made.layout)
+    with kv.KVFileWriter(path, info(made.layout, "int8"), other.token_ids) as writer:
         writer.write(other, TOKENS)
     fresh(path, made, recorder)
 
 
 def out_of_space_between(path, made, recorder):
-    with kv.KVFileWriter(path, info(), made.token_ids) as writer:
+    with kv.KVFileWriter(path, info(made.layout), made.token_ids) as writer:
         writer.write(made, 512)
         recorder.operations.append(("safe", 512))
         for call in ("pwrite", "fsync"):
@@ -196,17 +202,19 @@ def out_of_space_between(path, made, recorder):
         recorder.operations.append(("safe", "finished"))
 
 
+@pytest.mark.parametrize("layout", [LAYOUT, WITH_STATE], ids=["", "with state"])
 @pytest.mark.parametrize("old", [False, True], ids=["", "over an old file"])
 @pytest.mark.parametrize("scenario", [fresh, resumed, over_the_part_of_another, out_of_space_between])
-def test_a_power_cut_at_any_point_loses_nothing_that_was_safe(tmp_path, scenario, old):
+def test_a_power_cut_at_any_point_loses_nothing_that_was_safe(tmp_path, monkeypatch, scenario, old, layout):
     """The file under its name is whole, new or old; an old one goes only for a whole new one; writing goes on from what
-    was safe, with the right rows."""
+    was safe, with the right rows and snapshots."""
+    monkeypatch.setattr(kv_format, "STATE_EVERY", STATE_EVERY)
     folder, after = tmp_path / "folder", tmp_path / "after"
     folder.mkdir()
     after.mkdir()
-    before, made = sequence(1), sequence(2)
+    before, made = sequence(1, layout), sequence(2, layout)
     if old:
-        kv.save(folder / "x.kv", before, identity=info().identity, weights="bf16", framing="plain")
+        kv.save(folder / "x.kv", before, identity=info(layout).identity, weights="bf16", framing="plain")
     disk = Disk(folder)
     with pytest.MonkeyPatch.context() as patch:
         recorder = Recorder(patch)
@@ -240,13 +248,25 @@ def check_after(path, before, made, safe):
         opened, _, arrays = kv.open_kv(path)
         found = opened.rows(0, TOKENS)
         renamed = torch.equal(found, made.rows(0, TOKENS))
+        check_states(opened, made if renamed else before)
         assert renamed or (before is not None and torch.equal(found, before.rows(0, TOKENS)))
         assert not renamed or torch.equal(arrays[1]["frozen/mean"], ARRAYS[1]["frozen/mean"])
     assert path.exists() or before is None
     assert renamed or safe != "finished"
-    with kv.KVFileWriter(path, info(), made.token_ids) as writer:
+    with kv.KVFileWriter(path, info(made.layout), made.token_ids) as writer:
         assert renamed or writer.done >= safe
-        assert torch.equal(writer.load().rows(0, writer.done), made.rows(0, writer.done))
+        loaded = writer.load()
+        known = [p for p in made.states if p <= writer.done] if made.states else [writer.done]
+        assert loaded.length == loaded.state_length == max(known, default=0)
+        assert torch.equal(loaded.rows(0, loaded.length), made.rows(0, loaded.length))
+        check_states(loaded, made)
         writer.write(made, TOKENS)
         writer.finish()
-    assert torch.equal(kv.open_kv(path)[0].rows(0, TOKENS), made.rows(0, TOKENS))
+    opened, *_ = kv.open_kv(path)
+    assert torch.equal(opened.rows(0, TOKENS), made.rows(0, TOKENS))
+    check_states(opened, made)
+
+
+def check_states(found, made):
+    assert list(found.states) == [p for p in made.states if p <= found.length]
+    assert all(torch.equal(state, made.states[p]) for p, state in found.states.items())

@@ -178,7 +178,7 @@ json_values = st.recursive(
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    field=st.sampled_from(["identity", "layers", "head_dim", "dtype", "length", "source", "checksums", ""]),
+    field=st.sampled_from(["identity", "layers", "head_dim", "dtype", "length", "source", "state", "checksums", ""]),
     value=json_values,
 )
 def test_hostile_headers_with_valid_checksums(tmp_path, field, value):

@@ -37,7 +37,7 @@ def module(version, seed=0):
             for memory in block.memories:
                 memory.values.weight.mul_(3)
                 if version == 1:
-                    memory.key_scale.fill_(0.17)
+                    memory.key_scale.fill_(0.22)
     return made
 
 

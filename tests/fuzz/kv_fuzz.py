@@ -1,4 +1,5 @@
-"""Alters valid KV files, with every kind of index, and makes checksums that match again; opens each and asks one step.
+"""Alters valid KV files, with every kind of index and with recurrent state, and makes checksums that match again; opens
+each and asks one step.
 
 python tests/fuzz/kv_fuzz.py --count 100000
 
@@ -45,6 +46,13 @@ METHODS = {
     f"topk:budget=16,tail=4,{SETTINGS}": SHORT,
     "dense": SHORT,
 }
+SNAPSHOTS = 2100  # tokens: a snapshot of the recurrent state at a checkpoint, and one at the end
+METHODS_WITH_STATE = {
+    "auto:dense_below=0,tail=6,window=8,budget=24,dense_layers=0": SNAPSHOTS,
+    f"quest:page=16,budget=32,tail=4,{SETTINGS}": SHORT,
+    f"snapkv:budget=16,tail=4,{SETTINGS}": SHORT,
+    "dense": SNAPSHOTS,
+}
 INTS = [
     0,
     1,
@@ -68,6 +76,7 @@ INTS = [
     10**30,
 ]
 VALUES = [*INTS, None, True, False, 1.5, math.nan, math.inf, "", "x", "x" * 5000, [], [1], {}, {"a": 1}, [[[]]]]
+STATES = [*([n, m] for n in (-1, 0, 1, 2, 2**14, 2**24, 2**32, 10**30) for m in (0, 1, 256, 2**14)), [2.0, 256], [2]]
 FLOATS = [math.nan, math.inf, -math.inf, 3e38, -3e38, 1e-45, -1e-45, 0.0, -0.0, 1.0, -1.0, 1e20, 1e-20]
 NUMPY = {"bfloat16": np.uint16, "uint16": np.uint16, "uint8": np.uint8}
 
@@ -84,10 +93,11 @@ class Array:
 class File:
     """What a KV file is made of, and how it is spoilt once it is written."""
 
-    dtype: str
+    model: tuple  # its kind and dtype
     method: str
     fields: dict
     ids: np.ndarray
+    states: Array | None  # snapshots `[n, layers, size]`
     rows: Array
     meta: dict | None
     arrays: dict
@@ -142,7 +152,7 @@ def alter_numbers(array, draw):
 
 def alter_header(file, draw):
     name = draw.choice([*file.fields, "checksums"])
-    how = draw.randrange(6)
+    how = draw.randrange(7)
     if how == 0:
         file.fields.pop(name, None)
     elif how == 1:
@@ -155,6 +165,8 @@ def alter_header(file, draw):
         file.spoil.append(("body", nested))
     elif how == 4:
         file.fields["framing"] = draw.choice(["chat", "plain", "nonsense", ""])
+    elif how == 5:
+        file.spoil.append(("version", draw.choice([0, 1, 2, 2, 3, 3, 4, 2**32 - 1])))
     else:
         file.fields[name] = draw.choice(VALUES)
 
@@ -167,6 +179,20 @@ def alter_ids(file, draw):
 
 def alter_rows(file, draw):
     alter_numbers(file.rows, draw)
+
+
+def alter_states(file, draw):
+    how = draw.randrange(6) if file.states else 5
+    if how < 3:
+        alter_numbers(file.states, draw)
+    elif how == 3:
+        chosen = draw.choice([[], [0], [-1], [-1, 0], [0, 0, -1], list(range(len(file.states.numbers))) * 9])
+        file.states.numbers = file.states.numbers[chosen]
+    elif how == 4:  # as many numbers, or a few less that take as many pages
+        layers, size = file.states.numbers.shape[1:]
+        file.fields["state"] = draw.choice([[size, layers], [layers * size, 1], [1, layers * size], [layers, size - 1]])
+    else:
+        file.fields["state"] = draw.choice([*VALUES, *STATES, *STATES, *STATES])
 
 
 def alter_method(file, draw):
@@ -270,6 +296,7 @@ def spoil_bytes(file, draw):
 ALTER = {
     alter_array: 10,
     alter_rows: 3,
+    alter_states: 2,
     alter_method: 3,
     alter_blocks: 3,
     alter_shape: 3,
@@ -286,7 +313,8 @@ ALTER = {
 
 def written(file):
     """The bytes of the file, with the checksums of what is in it."""
-    from thresher.cache.format import BLOCK, INDEX_MAGIC, MAGIC, VERSION, pages
+    from thresher.cache.format import BLOCK, INDEX_MAGIC, MAGIC, STATEFUL_VERSION, VERSION, pages
+    from thresher.cache.sequence import STATE_EVERY
 
     def digest(data):
         return xxhash.xxh3_64_intdigest(data)
@@ -294,19 +322,26 @@ def written(file):
     import xxhash
 
     rows, n = file.rows.numbers, file.ids.size
+    states = file.states.numbers if file.states else []
+    snapshots = dict(zip([*range(STATE_EVERY, n, STATE_EVERY), n], states, strict=False))
     checksums = ""
     for begin in range(0, n, BLOCK):
-        block = np.ascontiguousarray(rows[:, :, :, begin : begin + BLOCK])
-        checksums += f"{digest(file.ids[begin : begin + BLOCK].tobytes() + block.tobytes()):016x}"
+        block = np.ascontiguousarray(rows[:, :, :, begin : begin + BLOCK]).tobytes()
+        if (snapshot := snapshots.get(min(begin + BLOCK, n))) is not None:
+            block += snapshot.tobytes()
+        checksums += f"{digest(file.ids[begin : begin + BLOCK].tobytes() + block):016x}"
     body = json.dumps({"checksums": checksums} | file.fields).encode()
-    size = None
+    size, version = None, STATEFUL_VERSION if file.states else VERSION
     for what, *how in file.spoil:
         body = how[0].encode() if what == "body" else body
         size = how[0] if what == "header" else size
-    head = MAGIC + struct.pack("<II", VERSION, len(body) if size is None else size) + body
+        version = how[0] if what == "version" else version
+    head = MAGIC + struct.pack("<II", version, len(body) if size is None else size) + body
     head += struct.pack("<Q", digest(head))
     out = bytearray(head.ljust(pages(len(head)), b"\0"))
     out += file.ids.tobytes().ljust(pages(4 * n), b"\0")
+    if file.states:
+        out += states.tobytes().ljust(pages(states.nbytes), b"\0")
     out += rows.tobytes()
     index_at = len(out)
     if file.meta is not None:
@@ -340,19 +375,27 @@ def written(file):
 
 
 def originals(folder):
-    """The models, by dtype, and a file of each with every method's index."""
+    """The models, by kind and dtype, and a file of each with every method's index."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from conftest import byte_tokenizer, tiny_module
     from thresher import LLM
     from thresher.attention.registry import parse_method
-    from thresher.cache.format import KVFileInfo, describe
+    from thresher.cache.format import KVFileInfo, describe, state_positions
 
-    tiny_module("llama").save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    modules = {
+        ("llama", "float32"): tiny_module("llama"),
+        ("llama", "bfloat16"): tiny_module("llama"),
+        ("mosaic", "float32"): tiny_mosaic(1),
+        ("mosaic", "bfloat16"): tiny_mosaic(2),
+    }
     models, files = {}, []
-    for dtype, weights in (("float32", "float32"), ("bfloat16", "bf16")):
-        llm = models[dtype] = LLM(folder, weights=weights, attention="dense", allow_extrapolation=True)
-        for text, length in METHODS.items():
+    for model, module in modules.items():
+        place = folder / "-".join(model)
+        module.save_pretrained(place)
+        byte_tokenizer().save_pretrained(place)
+        weights = {"float32": "float32", "bfloat16": "bf16"}[model[1]]
+        llm = models[model] = LLM(place, weights=weights, attention="dense", allow_extrapolation=True)
+        for text, length in (METHODS if model[0] == "llama" else METHODS_WITH_STATE).items():
             sequence = llm.read("word " * (length // 5), framing="plain").sequence
             index = llm.runner.prepare(sequence, parse_method(text))
             meta, arrays = (
@@ -360,12 +403,14 @@ def originals(folder):
                 index.state()[1] if index else {},
             )
             info = KVFileInfo(llm.identity, sequence.layout, sequence.length, weights, "plain", None)
+            snapshots = [sequence.states[p].numpy() for p in state_positions(info)]
             files.append(
                 File(
-                    dtype,
+                    model,
                     text,
                     describe(info),
                     np.asarray(sequence.token_ids, dtype="<i4"),
+                    Array("float32", np.stack(snapshots)) if snapshots else None,
                     as_array(sequence.rows(0, sequence.length)),
                     meta,
                     {name: as_array(t) for name, t in arrays.items()},
@@ -373,7 +418,23 @@ def originals(folder):
                     [],
                 )
             )
+    assert sum(len(f.states.numbers) for f in files if f.states) == 12
     return models, files
+
+
+def tiny_mosaic(version):
+    import torch
+
+    from conftest import VOCAB
+    from thresher.models.mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "dropout": 0.0}
+    if version == 1:
+        config = MemoryMosaicConfig(**sizes)
+    else:
+        config = MemoryMosaicConfig.v2(**sizes, short_window=40, long_delay=12)
+    return MemoryMosaicForCausalLM(config).eval()
 
 
 def as_array(tensor):
@@ -387,10 +448,11 @@ def altered(files, seed, number):
     draw = random.Random(f"{seed} {number}")
     file = draw.choice(files)
     file = File(
-        file.dtype,
+        file.model,
         file.method,
         dict(file.fields),
         file.ids,
+        Array(file.states.dtype, file.states.numbers) if file.states else None,
         Array(file.rows.dtype, file.rows.numbers),
         deepcopy(file.meta),
         {name: Array(a.dtype, a.numbers) for name, a in file.arrays.items()},
@@ -403,7 +465,8 @@ def altered(files, seed, number):
 
 
 def ask(llm, path, draw, method, other):
-    """Open the file and read it with its method, and sometimes with one that has to look at all rows."""
+    """Open the file and read it with its method, and sometimes with one that has to look at all rows; sometimes from
+    where no snapshot is."""
     import torch
 
     from thresher.attention.registry import parse_method
@@ -412,6 +475,8 @@ def ask(llm, path, draw, method, other):
 
     try:
         sequence = llm.open(path, verify=draw.random() < 0.7).sequence
+        if sequence.states and draw.random() < 0.3:
+            sequence.crop(sequence.length - draw.choice([1, 5, 40]))
         for text in [method, other] if draw.random() < 0.1 else [method]:
             logits = llm.runner.run([Work(sequence, [5], 1, parse_method(text))])
         return "answered" if bool(torch.isfinite(logits).all()) else "not numbers"
@@ -431,7 +496,8 @@ def work(options):
         for file in files:  # all that is used for the first time, and that the unaltered ones are right
             path = Path(folder) / "x.kv"
             path.write_bytes(written(file))
-            assert ask(models[file.dtype], path, random.Random(0), file.method, METHOD_OF_ROWS) == "answered"
+            for seed in (0, 1):  # without and with checksums
+                assert ask(models[file.model], path, random.Random(seed), file.method, METHOD_OF_ROWS) == "answered"
         end = time.monotonic() + options.seconds
         number = options.first
         while number < options.first + options.count and time.monotonic() < end:
@@ -443,15 +509,16 @@ def work(options):
             path.write_bytes(content)
             before = resident("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+            other = draw.choice(list(METHODS_WITH_STATE if file.states else METHODS))
             begin = time.process_time()
             try:
-                outcome = ask(models[file.dtype], path, draw, file.method, draw.choice(list(METHODS)))
+                outcome = ask(models[file.model], path, draw, file.method, other)
             except Exception:
                 outcome = "fault"
                 faults.append((number, traceback.format_exc()))
             seconds = time.process_time() - begin
             extra = resident("VmHWM") - before
-            outcomes[outcome] += 1
+            outcomes[f"{outcome} with state" if file.states else outcome] += 1
             if not sanitized:
                 worst_seconds, worst_bytes = max(worst_seconds, seconds), max(worst_bytes, extra - 2 * len(content))
                 if seconds > MOST_SECONDS:

@@ -15,6 +15,7 @@ def test_altered_kv_files():
     command = [sys.executable, Path(__file__).with_name("kv_fuzz.py"), "--count", "1000000", "--seconds", str(SECONDS)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    counts = {name: int(n) for n, name in re.findall(r"(\d+) (\w+)", done.stdout)}
-    assert counts["answered"] > 10
-    assert counts["KVFileDamagedError"] > 10
+    counts = {name: int(n) for n, name in re.findall(r"(\d+) ([\w ]+)", done.stdout)}
+    for files in ("", " with state"):
+        assert counts[f"answered{files}"] > 10
+        assert counts[f"KVFileDamagedError{files}"] > 10

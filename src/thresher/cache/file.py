@@ -361,7 +361,7 @@ class KVFileWriter:
 
     def _read_state(self, position: int) -> torch.Tensor | None:
         """The snapshot after so many tokens; None if the file ends before it."""
-        state = torch.empty(self.info.layout.state)
+        state = torch.empty(self.info.layout.state, dtype=torch.float32)
         memory = raw(state)
         return state if read_into(self._fd, memory, self._state_at(position)) == len(memory) else None
 

@@ -144,7 +144,7 @@ class KVSequence:
 
     def state(self) -> torch.Tensor:
         """The last snapshot; zeros before the first token."""
-        return self.states.get(self.state_length, torch.zeros(self.layout.state))
+        return self.states.get(self.state_length, torch.zeros(self.layout.state, dtype=torch.float32))
 
     def advance(self, token_ids: Sequence[int], states: Mapping[int, torch.Tensor] = MappingProxyType({})) -> None:
         """The reserved rows now hold the keys and values of these tokens. states: snapshots at positions among them."""

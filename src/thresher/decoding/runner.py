@@ -171,7 +171,7 @@ class Runner:
             starts,
             torch.tensor(tokens, dtype=torch.int64),
             before=torch.stack([w.sequence.state() for w in batch], dim=1),
-            after=torch.empty(layers, len(tokens), size),
+            after=torch.empty(layers, len(tokens), size, dtype=torch.float32),
         )
         return states, kept
 

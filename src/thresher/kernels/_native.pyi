@@ -170,6 +170,22 @@ def sample(
     threads: int,
     /,
 ) -> None: ...
+def persistent_memory(
+    kernels: KernelSet,
+    type: int,
+    weight: int,
+    x: int,
+    y: int,
+    rows: int,
+    head_dim: int,
+    pairs: int,
+    keys: list[tuple[int, int]],
+    values: list[tuple[int, int]],
+    scores: int,
+    weights: int,
+    threads: int,
+    /,
+) -> None: ...
 def leaky(
     kernels: KernelSet,
     x: int,

@@ -37,7 +37,7 @@ class StateBatch:
         layers, size = shape
         starts = [0, *accumulate(counts)]
         kept = torch.tensor([end - 1 for end in starts[1:]])
-        states = torch.zeros(2, layers, len(counts), size)
+        states = torch.zeros(2, layers, len(counts), size, dtype=torch.float32)
         return cls(starts, kept, *states)
 
     def lagged(self, x: torch.Tensor, before: torch.Tensor, lag: int) -> tuple[torch.Tensor, torch.Tensor]:

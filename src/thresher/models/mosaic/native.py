@@ -9,21 +9,25 @@ import copy
 import torch
 from torch import nn
 
-from thresher.kernels.linear import PackedLinear, pack_linear
+from thresher.kernels.linear import PackedLinear, pack_linear, persistent_memory
 from thresher.models.mosaic.memory import KeyExtractor, PersistentMemory, scale_of
 from thresher.models.states import StateBatch
 
 
 class NativePersistentMemory(nn.Module):
-    """`PersistentMemory` for inference. stored_keys, stored_values: packed, one of each a head."""
+    """`PersistentMemory` for inference. Its scales are multiplied into the stored keys and values.
+
+    stored_keys, stored_values: packed, one of each a head.
+    """
 
     def __init__(self, memory: PersistentMemory, weights: torch.dtype) -> None:
         super().__init__()
         self.keys: KeyExtractor = memory.keys
-        self.query_scale = scale_of(memory.key_scale.detach().float()).square()
-        self.value_scale = scale_of(memory.value_scale.detach().float())
-        self.stored_keys = [pack_linear([k], weights) for k in memory.stored_keys.detach()]
-        self.stored_values = [pack_linear([v.T.contiguous()], weights) for v in memory.stored_values.detach()]
+        keys, values = memory.stored_keys.detach().float(), memory.stored_values.detach().float()
+        keys = keys * scale_of(memory.key_scale.detach().float()).square()[:, None]
+        values = values * scale_of(memory.value_scale.detach().float())[:, None]
+        self.stored_keys = [pack_linear([k], weights) for k in keys]
+        self.stored_values = [pack_linear([v.T.contiguous()], weights) for v in values]
         self.state_sizes = memory.state_sizes
 
     @property
@@ -33,12 +37,7 @@ class NativePersistentMemory(nn.Module):
     def recurrent(self, x: torch.Tensor, batch: StateBatch, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As PersistentMemory.recurrent."""
         keys, after = self.keys.recurrent(x, batch, before)
-        queries = (keys * self.query_scale).to(x.dtype)
-        answers = []
-        for head, (stored_keys, stored_values) in enumerate(zip(self.stored_keys, self.stored_values, strict=True)):
-            weights = stored_keys(queries[:, head], torch.float32).softmax(-1).to(x.dtype)
-            answers.append(stored_values(weights, torch.float32) * self.value_scale[head])
-        return torch.cat(answers, dim=-1).to(x.dtype), after
+        return persistent_memory(keys.to(x.dtype), self.stored_keys, self.stored_values).flatten(1), after
 
 
 def native_persistent_memory(memory: PersistentMemory, weights: torch.dtype, tolerance: float) -> nn.Module | None:
