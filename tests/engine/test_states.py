@@ -250,20 +250,21 @@ def test_a_method_may_leave_all_layers_dense(folder):
     "method",
     [
         "auto:dense_below=0,budget=48",
-        "quest:dense_below=0,dense_layers=none,budget=256",
+        "quest:dense_below=0,dense_layers=none,budget=512",
         "lsh:dense_below=0,dense_layers=none,K=4,L=60",
     ],
 )
 def test_sparse_reading_stays_near(folder, document, method, tmp_path):
-    """Logits of the token behind the document, read sparsely from a file with its index, against exactly."""
+    """Logits of the token behind the document, read sparsely from a file with its index: nearer to those of reading
+    all than what the last 500 tokens alone give."""
     llm = LLM(folder, weights="float32", attention=method)
     llm.read(TEXT, tmp_path / "x.kv")
     opened = llm.open(tmp_path / "x.kv")
     assert opened.sequence.index.method.sinks >= llm.model.blank
     exact = llm.runner.run([Work(opened.sequence.fork(), [40], 1)])
     sparse = llm.runner.run([Work(opened.sequence.fork(), [40], 1, llm.attention)])
-    assert not torch.equal(exact, sparse)
-    assert (exact - sparse).norm() < 0.2 * exact.norm()
+    window = llm.runner.run([Work(opened.sequence.fork(), [40], 1, parse_method("streaming:window=500"))])
+    assert 0 < (exact - sparse).norm() < 0.5 * (exact - window).norm()
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,8 @@ def train(
 
     thresher mosaic train --out mosaic --preset tiny && thresher generate --model mosaic "ROMEO:"
 
-    Interrupted, the same command goes on behind its last checkpoint. On several devices: accelerate launch -m thresher
-    mosaic train ...
+    Interrupted, the same command goes on behind its last checkpoint. On several devices or machines: torchrun
+    --nproc_per_node 2 -m thresher mosaic train ... (or accelerate launch); --batch is then of each.
     """
     from dataclasses import asdict
 

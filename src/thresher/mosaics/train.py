@@ -34,8 +34,8 @@ Progress = Callable[[int, int], None]
 class Settings:
     """What decides the result of a training, beside its text and tokenizer.
 
-    block: tokens of a sequence; batch: sequences of a step; lr: highest learning rate, reached after `warmup` of the
-    steps and left on a cosine down to a tenth. precision: float32 or bf16 (mixed). Raises UsageError.
+    block: tokens of a sequence; batch: sequences of a step, of each device; lr: highest learning rate, reached after
+    `warmup` of the steps and left on a cosine down to a tenth. precision: float32 or bf16 (mixed). Raises UsageError.
     """
 
     arch: str = "mosaic"
@@ -187,11 +187,12 @@ class _Curve(TrainerCallback):  # type: ignore[misc]
             return
         seconds = self.before + time.perf_counter() - self.begun
         validation = mean_loss(model, self.corpus.validation, self.settings.block)
-        tokens = state.global_step * self.settings.batch * self.settings.block
+        tokens = state.global_step * self.settings.batch * self.settings.block * args.world_size
         training = sum(self.losses) / max(1, len(self.losses))
         self.points.append(Point(state.global_step, tokens, training, validation, seconds))
         self.losses.clear()
-        write_curve(self.points, self.folder / CURVE)
+        if state.is_world_process_zero:
+            write_curve(self.points, self.folder / CURVE)
         self.before, self.begun = seconds, time.perf_counter()  # evaluations do not count
         control.should_save = True
 
@@ -261,20 +262,23 @@ def train(
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
         remove_unused_columns=False,
     )
-    data = Blocks(corpus.training, settings.block, settings.steps * settings.batch, settings.seed)
+    count = settings.steps * settings.batch * arguments.world_size
+    data = Blocks(corpus.training, settings.block, count, settings.seed)
     curve = _Curve(settings, corpus, out, points, progress)
     trainer = _Trainer(model=model, args=arguments, train_dataset=data, callbacks=[curve])
     trainer.curve = curve
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
     spent = points[-1].seconds
     speed = points[-1].tokens / spent if spent else 0.0
     result = Result(settings, sum(p.numel() for p in model.parameters()), points, speed)
-    _write(out / SUMMARY, json.dumps(asdict(result), indent=1))
+    if trainer.is_world_process_zero():
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        _write(out / SUMMARY, json.dumps(asdict(result), indent=1))
     return result
 
 
