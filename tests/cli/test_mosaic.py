@@ -117,5 +117,10 @@ def test_what_train_refuses(data, tmp_path, words, arguments):
     fails(code, words, "mosaic", "train", "--out", tmp_path / "m", "--data", data, *arguments)
 
 
+def test_no_plan_is_made_for_it(trained):
+    words = "MemoryMosaicConfig is not a decoder that a plan can be made for: it is made of associative memories"
+    fails(2, words, "plan", "cost", "--model", trained[0], "--device", "h100", "--prompt", 9, "--generate", 9)
+
+
 def test_no_text(tmp_path):
     fails(2, "give a text file", "mosaic", "train", "--out", tmp_path / "m", "--data", tmp_path)

@@ -43,6 +43,7 @@ def planned_decoder(name: str) -> "Decoder":
         return known
     from transformers import AutoConfig
 
+    import thresher.models.mosaic  # noqa: F401  (registers its configuration)
     from thresher.models.resolve import resolve
 
     try:

@@ -117,6 +117,8 @@ def decoder_of(config: Any) -> Decoder:
     try:
         if getattr(config, "kv_lora_rank", 0):
             raise AttributeError("it keeps latent attention, not keys and values")
+        if getattr(config, "num_attention_layers", None):  # models/mosaic
+            raise AttributeError("it is made of associative memories")
         q_heads = config.num_attention_heads
         experts = getattr(config, "num_experts", 0) or getattr(config, "num_local_experts", 0) or 0
         windowed, recurrent, state = _bounded_layers(config)
