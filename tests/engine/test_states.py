@@ -178,6 +178,18 @@ def test_a_saved_context_is_the_same_even_after_going_back(llm, document, tmp_pa
     assert torch.equal(*logits)
 
 
+def test_questions_share_what_is_computed_again(llm, monkeypatch):
+    context = llm.read(TEXT)
+    context.sequence.crop(3001)
+    passes = []
+    run = llm.runner._pass
+    monkeypatch.setattr(
+        llm.runner, "_pass", lambda batch, plan: (passes.append(len(batch[0].token_ids)), run(batch, plan))[1]
+    )
+    llm.ask(context, ["Which?", "What?", "Who?"], SamplingParams(max_new_tokens=2, ignore_eos=True))
+    assert passes.count(3001 - 2048) == 1
+
+
 def test_a_read_that_was_cut_goes_on(llm, tmp_path):
     class Cut(Exception):
         pass

@@ -123,10 +123,11 @@ class Runner:
         return n
 
     def prepare(self, sequence: KVSequence, method: AttentionMethod | None) -> Index | None:
-        """`index_for`, built as far as the next token needs it.
+        """`index_for`, built as far as the next token needs it, and the recurrent state at the end of the sequence.
 
         Called before every pass, and worth calling before a sequence is forked, so that its forks share what is built.
         """
+        self.catch_up(sequence)
         index = self.index_for(sequence, method)
         if index:
             index.extend(sequence, lru_cache(lambda n: self.recent_queries(sequence, n)))

@@ -110,7 +110,6 @@ def save_document(
 ) -> None:
     """Keep a context and the method's index of it as a KV file. model: where it can be loaded from."""
     index = runner.prepare(context.sequence, method)
-    runner.catch_up(context.sequence)
     save(
         path,
         context.sequence,

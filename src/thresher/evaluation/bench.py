@@ -109,6 +109,7 @@ def own_copies(sequence: KVSequence, batch: int) -> list[KVSequence]:
         other = KVSequence(sequence.layout)
         other.reserve(sequence.length + ROOM, exact=True)
         other.append(sequence.token_ids, sequence.rows(0, sequence.length))
+        other.states = dict(sequence.states)
         copies.append(other)
     return copies
 
@@ -142,6 +143,8 @@ def synthetic_cache(sequence: KVSequence, length: int, seed: int = 0) -> KVSeque
         rows = real[:, :, :, chosen].float()
         rows += 0.1 * spread * torch.randn(rows.shape, generator=generator)
         out.append([sequence.token_ids[i] for i in chosen.tolist()], rows.to(real.dtype))
+    if sequence.layout.state_bytes:
+        out.states = {length: sequence.state()}
     return out
 
 
