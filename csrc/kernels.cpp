@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "dense/elementwise.h"
 #include "dense/linear.h"
+#include "dense/memory.h"
 #include "dense/sample.h"
 #include "index/project.h"
 
@@ -17,7 +18,7 @@ using namespace THRESHER_ISA;
 
 extern const Kernels THRESHER_JOIN(kernels_, THRESHER_ISA);
 const Kernels THRESHER_JOIN(kernels_, THRESHER_ISA) = {
-    THRESHER_TEXT(THRESHER_ISA), linear, attend, scratch_bytes, rms_norm, rope, softmax_rows, leaky, read_memory,
+    THRESHER_TEXT(THRESHER_ISA), linear, attend, scratch_bytes, rms_norm, rope, softmax_rows, memory_keys, memory_values, read_memory,
     project, codes, tables, sample_scratch_bytes, sample,
 };
 }  // namespace thresher

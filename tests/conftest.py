@@ -87,7 +87,7 @@ def byte_tokenizer():
 @pytest.fixture(params=native.isas())
 def isa(request, monkeypatch):
     """The instruction set that kernels run with."""
-    for module in ("attention", "elementwise", "hashing", "layer", "linear", "sampling"):
+    for module in ("attention", "elementwise", "hashing", "layer", "linear", "memory", "sampling"):
         monkeypatch.setattr(f"thresher.kernels.{module}.kernel_set", lambda: native.kernel_set(request.param))
     return request.param
 

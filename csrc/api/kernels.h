@@ -256,24 +256,47 @@ struct Rope {
   int threads;
 };
 
+// ---- associative memories -------------------------------------------------------------------------------------------
+
+// New tokens of sequences that lie one behind the other: of sequence i those from starts[i] up to starts[i + 1].
+struct Ragged {
+  const int64_t* starts;  // [sequences + 1]
+  int64_t sequences, heads, head_dim;
+};
+
+// Keys of a leaky average: a_t = x_t + decay a_{t-1} from before[i] on, key_t = scale a_t / |a_t|.
+struct MemoryKeys {
+  Type type;             // of x and keys
+  Ragged tokens;
+  const void* x;         // [tokens, heads, head_dim]
+  const float* decay;    // [tokens or 1, heads]
+  int64_t decay_stride;  // elements between tokens; 0 if it is the same for all
+  const float* before;   // [sequences, heads, head_dim]
+  const float* scale;    // [heads]
+  void* keys;            // [tokens, heads, head_dim]
+  float* averages;       // the same
+  int threads;
+};
+
+// Values of the pairs that tokens complete: v_t = (1 - share) x_t + share x_{t-1}, from x before[i] on, value_t = scale v_t / |v_t|.
+struct MemoryValues {
+  Type type;            // of x and values
+  Ragged tokens;
+  const void* x;        // [tokens, heads, head_dim]
+  const float* before;  // [sequences, heads, head_dim]
+  const float* share;   // [heads]
+  const float* scale;   // [heads]
+  void* values;         // [tokens, heads, head_dim]
+  float* mixed;         // the same; working memory
+  int threads;
+};
+
 // y = softmax(x) of each row; y of `type`, each number is rounded by itself.
 struct Softmax {
   Type type;
   const float* x;  // [rows, width]
   void* y;
   int64_t rows, width;
-  int threads;
-};
-
-// Leaky averages y_t = x_t + decay y_{t-1} of the tokens [starts[i], starts[i + 1]) of each sequence, from before[i] on.
-struct Leaky {
-  const float* x;         // [tokens, heads, head_dim]
-  float* y;               // the same
-  const float* decay;     // [tokens or 1, heads]
-  int64_t decay_stride;   // elements between tokens; 0 if it is the same for all
-  const int64_t* starts;  // [sequences + 1]
-  const float* before;    // [sequences, heads, head_dim]
-  int64_t sequences, heads, head_dim;
   int threads;
 };
 
@@ -341,7 +364,8 @@ struct Kernels {
   void (*rms_norm)(const RmsNorm&);
   void (*rope)(const Rope&);
   void (*softmax)(const Softmax&);
-  void (*leaky)(const Leaky&);
+  void (*memory_keys)(const MemoryKeys&);
+  void (*memory_values)(const MemoryValues&);
   float (*read)(const float*, int64_t count, int threads);  // sums: a measured read of memory
   void (*project)(const Project&);
   void (*codes)(const Codes&);

@@ -4,7 +4,6 @@
 #include "host/pool.h"
 #include "isa/element.h"
 #include "isa/namespace.h"
-#include "isa/softmax.h"
 #include "isa/vector.h"
 
 THRESHER_ISA_BEGIN
@@ -78,59 +77,6 @@ void rope(const Rope& args) {
     rope_rows<F32>(args);
   else
     rope_rows<BF16>(args);
-}
-
-template <class E>
-void softmax_row(const float* x, typename E::Value* y, int64_t width) {
-  vf best = splat(-infinity());
-  float m = -infinity();
-  int64_t i = 0;
-  for (; i + W <= width; i += W) {
-    const vf v = load<vf>(x + i);
-    best = v > best ? v : best;
-  }
-  for (; i < width; ++i) m = x[i] > m ? x[i] : m;
-  m = max(best) > m ? max(best) : m;
-  auto weight = [&](vf v) {
-    const vf below = (v - m) * log2_e;
-    return exp2_nonpositive<E::exp2_degree>(below > 0.0f ? vf{} : below);
-  };
-  vf sums = {};
-  float rest = 0;
-  for (i = 0; i + W <= width; i += W) sums += weight(load<vf>(x + i));
-  for (; i < width; ++i) rest += weight(splat(x[i]))[0];
-  const float inverse = 1 / (sum(sums) + rest);
-  for (i = 0; i + W <= width; i += W) E::put_vector(y + i, weight(load<vf>(x + i)) * inverse);
-  for (; i < width; ++i) E::put(y + i, weight(splat(x[i]))[0] * inverse);
-}
-
-void softmax_rows(const Softmax& args) {
-  parallel_for(args.rows, 4, args.threads, [&](int64_t begin, int64_t end, int) {
-    for (int64_t r = begin; r < end; ++r) {
-      const float* x = args.x + r * args.width;
-      if (args.type == Type::f32)
-        softmax_row<F32>(x, (float*)args.y + r * args.width, args.width);
-      else
-        softmax_row<BF16>(x, (BF16::Value*)args.y + r * args.width, args.width);
-    }
-  });
-}
-
-// Step by step, so that the bits do not depend on how a sequence is cut into passes.
-void leaky(const Leaky& args) {
-  parallel_for(args.sequences * args.heads, 1, args.threads, [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t sequence = i / args.heads, head = i % args.heads, row = args.heads * args.head_dim;
-      const float* last = args.before + i * args.head_dim;
-      for (int64_t t = args.starts[sequence]; t < args.starts[sequence + 1]; ++t) {
-        const float* x = args.x + t * row + head * args.head_dim;
-        float* y = args.y + t * row + head * args.head_dim;
-        const float decay = args.decay[t * args.decay_stride + head];
-        for (int64_t d = 0; d < args.head_dim; ++d) y[d] = x[d] + decay * last[d];
-        last = y;
-      }
-    }
-  });
 }
 
 // A plain sweep over memory: what the machine can read, to hold the other kernels against.

@@ -63,6 +63,33 @@ void bind_elementwise(nb::module_& m) {
       },
       nb::call_guard<nb::gil_scoped_release>());
   m.def(
+      "read_memory",
+      [](const KernelSet& k, uintptr_t data, int64_t count, int threads) {
+        return k.table->read(at<float>(data), count, threads);
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+}
+
+void bind_memory(nb::module_& m) {
+  m.def(
+      "memory_keys",
+      [](const KernelSet& k, int type, const std::vector<int64_t>& starts, int64_t heads, int64_t head_dim, uintptr_t x, uintptr_t decay,
+         int64_t decay_stride, uintptr_t before, uintptr_t scale, uintptr_t keys, uintptr_t averages, int threads) {
+        const Ragged tokens{starts.data(), int64_t(starts.size()) - 1, heads, head_dim};
+        k.table->memory_keys({Type(type), tokens, at(x), at<const float>(decay), decay_stride, at<const float>(before),
+                              at<const float>(scale), at(keys), at<float>(averages), threads});
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "memory_values",
+      [](const KernelSet& k, int type, const std::vector<int64_t>& starts, int64_t heads, int64_t head_dim, uintptr_t x, uintptr_t before,
+         uintptr_t share, uintptr_t scale, uintptr_t values, uintptr_t mixed, int threads) {
+        const Ragged tokens{starts.data(), int64_t(starts.size()) - 1, heads, head_dim};
+        k.table->memory_values({Type(type), tokens, at(x), at<const float>(before), at<const float>(share), at<const float>(scale),
+                                at(values), at<float>(mixed), threads});
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
       "persistent_memory",
       [](const KernelSet& k, int type, int weight, uintptr_t x, uintptr_t y, int64_t rows, int64_t head_dim, int64_t pairs,
          const std::vector<std::tuple<uintptr_t, uintptr_t>>& keys, const std::vector<std::tuple<uintptr_t, uintptr_t>>& values,
@@ -80,20 +107,6 @@ void bind_elementwise(nb::module_& m) {
         for (const auto& given : keys) memory.keys.push_back(linear(given, head_dim, pairs));
         for (const auto& given : values) memory.values.push_back(linear(given, pairs, head_dim));
         memory.run(k.table, at(x), at(y), rows, at<float>(scores), at(weights), threads);
-      },
-      nb::call_guard<nb::gil_scoped_release>());
-  m.def(
-      "leaky",
-      [](const KernelSet& k, uintptr_t x, uintptr_t y, uintptr_t decay, int64_t decay_stride, const std::vector<int64_t>& starts,
-         uintptr_t before, int64_t heads, int64_t head_dim, int threads) {
-        k.table->leaky({at<const float>(x), at<float>(y), at<const float>(decay), decay_stride, starts.data(),
-                        at<const float>(before), int64_t(starts.size()) - 1, heads, head_dim, threads});
-      },
-      nb::call_guard<nb::gil_scoped_release>());
-  m.def(
-      "read_memory",
-      [](const KernelSet& k, uintptr_t data, int64_t count, int threads) {
-        return k.table->read(at<float>(data), count, threads);
       },
       nb::call_guard<nb::gil_scoped_release>());
 }
@@ -364,6 +377,7 @@ NB_MODULE(_native, m) {
   m.attr("most_threads") = most_threads;
   bind_linear(m);
   bind_elementwise(m);
+  bind_memory(m);
   bind_sampling(m);
   bind_index(m);
   bind_plan(m);

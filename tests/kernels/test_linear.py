@@ -1,13 +1,7 @@
 import pytest
 import torch
 
-from thresher.kernels.linear import (
-    pack_linear,
-    persistent_memory,
-    quantize_rows,
-    reference_linear,
-    reference_persistent_memory,
-)
+from thresher.kernels.linear import pack_linear, quantize_rows, reference_linear
 
 
 def rounded(weight, dtype):
@@ -79,33 +73,3 @@ def test_bad_shapes_are_refused():
         pack_linear([torch.randn(4, 3)], torch.bfloat16)
     with pytest.raises(ValueError, match="contiguous"):
         pack_linear([torch.randn(4, 4)], torch.float32)(torch.randn(2, 6))
-
-
-@pytest.mark.parametrize(
-    ("dtype", "weights", "tolerance"),
-    [("float32", "float32", 2e-6), ("bfloat16", "bfloat16", 2e-2), ("bfloat16", "int8", 4e-2)],
-)
-@pytest.mark.parametrize(("heads", "pairs", "head_dim"), [(3, 448, 16), (2, 70, 64), (1, 6, 10)])
-@pytest.mark.parametrize("rows", [1, 5, 40])
-def test_persistent_memory(isa, dtype, weights, tolerance, heads, pairs, head_dim, rows):
-    torch.manual_seed(pairs)
-    dtype, weights = getattr(torch, dtype), getattr(torch, weights)
-    x = torch.randn(rows, heads, head_dim).to(dtype)
-    keys, values = (torch.randn(heads, pairs, head_dim).to(dtype) for _ in range(2))
-    packed_keys = [pack_linear([k], weights) for k in keys]
-    packed_values = [pack_linear([v.T.contiguous()], weights) for v in values]
-    answers = persistent_memory(x, packed_keys, packed_values)
-    reference = reference_persistent_memory(x, keys, values)
-    assert (answers.double() - reference).abs().max() < tolerance * (1 + reference.abs().max())
-    alone = torch.cat([persistent_memory(row[None], packed_keys, packed_values) for row in x])
-    assert torch.equal(alone, answers)
-
-
-def test_persistent_memory_refuses():
-    x = torch.randn(2, 3, 16)
-    keys = [pack_linear([torch.randn(8, 16)], torch.float32) for _ in range(3)]
-    values = [pack_linear([torch.randn(16, 8)], torch.float32) for _ in range(3)]
-    persistent_memory(x, keys, values)
-    for wrong in ((x[:, :2], keys, values), (x.bfloat16(), keys, values), (x, keys, keys), (x, keys[:2], values)):
-        with pytest.raises(ValueError, match="does not go with"):
-            persistent_memory(*wrong)

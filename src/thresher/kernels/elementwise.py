@@ -1,7 +1,5 @@
 """RMS norm and rotary embedding as single native passes; a stock layer spends most of its overhead on these."""
 
-from itertools import pairwise
-
 import torch
 
 from thresher.kernels import _native
@@ -83,58 +81,6 @@ def check_rotary(cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype, token
             raise ValueError(f"rotary table {table.dtype} {tuple(table.shape)}: needs {dtype} ({tokens}, {rotary_dim})")
     if dtype not in TYPES or rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise ValueError(f"rotary embedding of {rotary_dim} values in {dtype} for heads of {head_dim}")
-
-
-def leaky_average(x: torch.Tensor, decay: torch.Tensor, starts: list[int], before: torch.Tensor) -> torch.Tensor:
-    """y_t = x_t + decay_t y_{t-1} along the tokens of each sequence, from what it was before.
-
-    x float32 `[tokens, heads, head_dim]`; decay float32 `[tokens or 1, heads]`; starts: where each sequence's tokens
-    begin, and the end; before float32 `[sequences, heads, head_dim]`. Returns the shape of x.
-
-    Raises ValueError for other dtypes or shapes.
-    """
-    x, decay, before = x.contiguous(), decay.contiguous(), before.contiguous()
-    tokens, heads, head_dim = x.shape
-    if (
-        {x.dtype, decay.dtype, before.dtype} != {torch.float32}
-        or decay.shape not in ((1, heads), (tokens, heads))
-        or before.shape != (len(starts) - 1, heads, head_dim)
-        or starts[0] != 0
-        or starts[-1] != tokens
-        or any(a > b for a, b in pairwise(starts))
-    ):
-        raise ValueError(
-            f"x {tuple(x.shape)}, decay {tuple(decay.shape)}, before {tuple(before.shape)} and {len(starts) - 1} "
-            "sequences do not go together in float32"
-        )
-    y = torch.empty_like(x)
-    _native.leaky(
-        kernel_set(),
-        x.data_ptr(),
-        y.data_ptr(),
-        decay.data_ptr(),
-        heads if decay.shape[0] == tokens else 0,
-        starts,
-        before.data_ptr(),
-        heads,
-        head_dim,
-        threads(),
-    )
-    return y
-
-
-def reference_leaky_average(
-    x: torch.Tensor, decay: torch.Tensor, starts: list[int], before: torch.Tensor
-) -> torch.Tensor:
-    """What leaky_average computes, in float64."""
-    y = x.double().clone()
-    decay = decay.double().expand(x.shape[0], -1)
-    for i, (begin, end) in enumerate(pairwise(starts)):
-        last = before[i].double()
-        for t in range(begin, end):
-            y[t] += decay[t, :, None] * last
-            last = y[t]
-    return y
 
 
 def reference_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

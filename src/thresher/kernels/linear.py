@@ -62,54 +62,6 @@ class PackedLinear:
         return y
 
 
-def persistent_memory(x: torch.Tensor, keys: Sequence[PackedLinear], values: Sequence[PackedLinear]) -> torch.Tensor:
-    """What learned pairs answer: of each head softmax(keys x) values.
-
-    x `[rows, heads, head_dim]`, bf16 (bf16, int8 weights) or float32. keys: of each head `[pairs, head_dim]`, values:
-    `[head_dim, pairs]`, packed. Returns the shape and dtype of x. Raises ValueError for other shapes or dtypes.
-    """
-    rows, heads, head_dim = x.shape
-    pairs, weight = keys[0].out_features, keys[0].data.dtype
-    shapes = {(k.in_features, k.out_features) for k in keys} | {(v.out_features, v.in_features) for v in values}
-    if (
-        shapes != {(head_dim, pairs)}
-        or {heads} != {len(keys), len(values)}
-        or any(p.data.dtype != weight or p.bias is not None for p in (*keys, *values))
-        or (x.dtype == torch.float32) != (weight == torch.float32)
-        or x.dtype not in TYPES
-    ):
-        raise ValueError(f"x {x.dtype} {tuple(x.shape)} does not go with {len(keys)} memories {sorted(shapes)}")
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    scores, weights = torch.empty(rows, pairs), torch.empty(rows, pairs, dtype=x.dtype)
-
-    def addresses(packed: Sequence[PackedLinear]) -> list[tuple[int, int]]:
-        return [(p.data.data_ptr(), 0 if p.scale is None else p.scale.data_ptr()) for p in packed]
-
-    _native.persistent_memory(
-        kernel_set(),
-        TYPES[x.dtype],
-        TYPES[weight],
-        x.data_ptr(),
-        y.data_ptr(),
-        rows,
-        head_dim,
-        pairs,
-        addresses(keys),
-        addresses(values),
-        scores.data_ptr(),
-        weights.data_ptr(),
-        threads(),
-    )
-    return y
-
-
-def reference_persistent_memory(x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """What persistent_memory computes, in float64; keys, values `[heads, pairs, head_dim]`."""
-    weights = torch.einsum("rhd,hpd->rhp", x.double(), keys.double()).softmax(-1)
-    return torch.einsum("rhp,hpd->rhd", weights, values.double())
-
-
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 weights `[out, in]` and float32 scales `[out]`: round to nearest, the largest of a row becomes 127."""
     scale = weight.float().abs().amax(dim=1) / 127

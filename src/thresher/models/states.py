@@ -46,7 +46,7 @@ class StateBatch:
         if lag not in self._lags:
             self._lags[lag] = self._gather(lag)
         then, last = self._lags[lag]
-        pool = torch.cat([before.flatten(0, 1), x])
+        pool = torch.cat([before.flatten(0, 1).to(x.dtype), x])
         return pool[then], pool[last]
 
     def _gather(self, lag: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,18 +11,18 @@ tokens of sequences that carry a state (`models/states.py`).
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from thresher.kernels.elementwise import leaky_average
+from thresher.kernels.memory import LEAST_NORM, memory_keys, memory_values
 from thresher.models.mosaic.configuration import MemoryMosaicConfig
 from thresher.models.mosaic.leaky import leaky_scan
 from thresher.models.states import StateBatch
 
-KEY_EPS = 1e-10  # of the norm that a key or value is divided by
 LARGEST = 5.0  # exponent of a scale
 SCALE_SPEED = 10.0  # what learned exponents and decays are multiplied by, so that they learn as fast as the paper's
 
@@ -47,7 +47,7 @@ def gaussian_memory(query: torch.Tensor, keys: torch.Tensor, values: torch.Tenso
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
-    return x / (x.norm(dim=-1, keepdim=True) + KEY_EPS)
+    return x / (x.norm(dim=-1, keepdim=True) + LEAST_NORM)
 
 
 def late(x: torch.Tensor, steps: int) -> torch.Tensor:
@@ -92,9 +92,13 @@ class KeyExtractor(nn.Module):
         what it leaves of the past, `[..., heads]`, or `[1, heads]` if that is the same for all."""
         added = self.proj(x).float().unflatten(-1, (self.heads, self.head_dim))
         if not self.gated:
-            return added, -SCALE_SPEED * self.decay.float().abs()[None]
+            return added, self.log_decay()
         gate, leak = self.gates(x).float().chunk(2, dim=-1)
         return gate.exp()[..., None] * added, -leak.abs()
+
+    def log_decay(self) -> torch.Tensor:
+        """Of "leaky" keys, `[1, heads]`."""
+        return -SCALE_SPEED * self.decay.float().abs()[None]
 
     def parallel(self, x: torch.Tensor) -> torch.Tensor:
         """`[batch, tokens, d]` -> float32 `[batch, tokens, heads, head_dim]`."""
@@ -103,22 +107,28 @@ class KeyExtractor(nn.Module):
             log_decay = log_decay.expand(x.shape[1], -1)[None]
         return unit(leaky_scan(added, log_decay))
 
-    def recurrent(self, x: torch.Tensor, batch: StateBatch, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of flattened tokens `[tokens, d]`; before `[sequences, d]`: the average so far. Returns keys `[tokens, heads,
-        head_dim]` and the averages at the kept tokens `[kept, d]`."""
-        added, log_decay = self.contributions(x)
-        before = before.view(-1, self.heads, self.head_dim)
-        if x.device.type == "cpu":
-            average = leaky_average(added, log_decay.exp(), batch.starts, before)
+    def recurrent(
+        self, x: torch.Tensor, batch: StateBatch, before: torch.Tensor, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of flattened tokens `[tokens, d]`; before `[sequences, d]`: the average so far; scale float32 `[heads]`.
+        Returns keys `[tokens, heads, head_dim]`, of x's dtype, and the averages at the kept tokens `[kept, d]`."""
+        before = before.unflatten(-1, (self.heads, self.head_dim))
+        if self.gated:
+            added, log_decay = self.contributions(x)
         else:
-            average = _carried_on(added, log_decay.expand(x.shape[0], -1), batch, before)
-        return unit(average), average[batch.kept].flatten(1)
+            added, log_decay = self.proj(x).unflatten(-1, (self.heads, self.head_dim)), self.log_decay()
+        if x.device.type == "cpu":
+            keys, averages = memory_keys(added, log_decay.exp(), batch.starts, before, scale)
+        else:
+            averages = _carried_on(added.float(), log_decay.expand(x.shape[0], -1), batch, before)
+            keys = unit(averages) * scale[:, None]
+        return keys.to(x.dtype), averages[batch.kept].flatten(1)
 
 
 def _carried_on(added: torch.Tensor, log_decay: torch.Tensor, batch: StateBatch, before: torch.Tensor) -> torch.Tensor:
     """The average of each sequence from what it was before, by the parallel scan: that value is its step 0."""
     parts = []
-    for i, (begin, end) in enumerate(zip(batch.starts, batch.starts[1:], strict=False)):
+    for i, (begin, end) in enumerate(pairwise(batch.starts)):
         steps = torch.cat([before[i : i + 1], added[begin:end]])[None]
         decays = torch.cat([log_decay[begin : begin + 1], log_decay[begin:end]])[None]
         parts.append(leaky_scan(steps, decays)[0, 1:])
@@ -163,10 +173,13 @@ class ContextualMemory(nn.Module):
         if not self.adaptive:
             keys = keys * scale_of(self.key_scale.float())
             return keys, keys
+        return keys * self._beta(pairs)[..., None], keys
+
+    def _beta(self, pairs: torch.Tensor) -> torch.Tensor:
+        """The adaptive bandwidth of queries that read so many pairs, `[..., heads]`: b1 n^alpha + b0 (v2, eq. 5)."""
         low, high, power = self.theta.float().unbind(0)
-        n = pairs.clamp(min=1).to(keys.dtype)[..., None]
-        beta = high.clamp(max=10).exp() * n ** power.abs().clamp(max=1) + low.clamp(max=10).exp()
-        return keys * beta[..., None], keys
+        n = pairs.clamp(min=1).float()[..., None]
+        return high.clamp(max=10).exp() * n ** power.abs().clamp(max=1) + low.clamp(max=10).exp()
 
     def _pairs(self, positions: torch.Tensor, delay: int) -> torch.Tensor:
         """How many pairs a token at each position reads."""
@@ -203,20 +216,29 @@ class ContextualMemory(nn.Module):
         kept tokens; before `[sequences, size]`."""
         shape = (self.heads, self.head_dim)
         average, keys_before, values_before, raw_before = before.split(self.state_sizes, dim=-1)
-        unit_keys, average_after = self.keys.recurrent(x, batch, average)
-        queries, keys = self._scaled(unit_keys, self._pairs(positions, self.delay))
-        raw = self.values(x).float().unflatten(-1, shape)
-        previous, raw_after = batch.lagged(raw, raw_before.unflatten(-1, (1, *shape)), 1)
-        complete = self._value(raw, previous)
-        late_keys, keys_after = batch.lagged(keys, keys_before.unflatten(-1, (self.delay, *shape)), self.delay)
-        if self.delay == 1:
-            late_values, values_after = complete, complete[:0].flatten(1).new_empty(len(batch.kept), 0)
+        # Of an adaptive bandwidth keys are stored with norm 1, and it goes into the queries.
+        scale = torch.ones(self.heads, device=x.device) if self.adaptive else scale_of(self.key_scale.float())[:, 0]
+        keys, average_after = self.keys.recurrent(x, batch, average, scale)
+        queries = keys
+        if self.adaptive:
+            beta = self._beta(self._pairs(positions, self.delay))
+            queries = (keys.float() * beta[..., None]).to(x.dtype)
+        raw = self.values(x).unflatten(-1, shape)
+        if x.device.type == "cpu":
+            share, value_scale = self.present.float(), scale_of(self.value_scale.float())[:, 0]
+            complete = memory_values(raw, batch.starts, raw_before.unflatten(-1, shape), share, value_scale)
         else:
+            previous, _ = batch.lagged(raw.float(), raw_before.unflatten(-1, (1, *shape)), 1)
+            complete = self._value(raw.float(), previous).to(x.dtype)
+        late_keys, keys_after = batch.lagged(keys, keys_before.unflatten(-1, (self.delay, *shape)), self.delay)
+        parts = [average_after, keys_after.flatten(1)]
+        late_values = complete
+        if self.delay > 1:
             lag = self.delay - 1
             late_values, kept = batch.lagged(complete, values_before.unflatten(-1, (lag, *shape)), lag)
-            values_after = kept.flatten(1)
-        after = torch.cat([average_after, keys_after.flatten(1), values_after, raw_after.flatten(1)], dim=-1)
-        return Streams(queries.to(x.dtype), late_keys.to(x.dtype), late_values.to(x.dtype)), after
+            parts.append(kept.flatten(1))
+        after = torch.cat([part.float() for part in (*parts, raw[batch.kept].flatten(1))], dim=-1)
+        return Streams(queries, late_keys, late_values), after
 
 
 class PersistentMemory(nn.Module):
@@ -243,8 +265,8 @@ class PersistentMemory(nn.Module):
 
     def recurrent(self, x: torch.Tensor, batch: StateBatch, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Answers to flattened tokens `[tokens, d]`, and the states `[kept, d]`."""
-        keys, after = self.keys.recurrent(x, batch, before)
-        return self._answer(keys, x.dtype), after
+        keys, after = self.keys.recurrent(x, batch, before, torch.ones(self.heads, device=x.device))
+        return self._answer(keys.float(), x.dtype), after
 
     def _answer(self, keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`[tokens, heads, head_dim]` -> `[tokens, d]`. The stored keys carry no scale, so the query has it twice."""

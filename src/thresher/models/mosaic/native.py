@@ -9,7 +9,8 @@ import copy
 import torch
 from torch import nn
 
-from thresher.kernels.linear import PackedLinear, pack_linear, persistent_memory
+from thresher.kernels.linear import PackedLinear, pack_linear
+from thresher.kernels.memory import persistent_memory
 from thresher.models.mosaic.memory import KeyExtractor, PersistentMemory, scale_of
 from thresher.models.states import StateBatch
 
@@ -29,6 +30,7 @@ class NativePersistentMemory(nn.Module):
         self.stored_keys = [pack_linear([k], weights) for k in keys]
         self.stored_values = [pack_linear([v.T.contiguous()], weights) for v in values]
         self.state_sizes = memory.state_sizes
+        self.unscaled = torch.ones(memory.heads)
 
     @property
     def packed(self) -> list[PackedLinear]:
@@ -36,8 +38,8 @@ class NativePersistentMemory(nn.Module):
 
     def recurrent(self, x: torch.Tensor, batch: StateBatch, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As PersistentMemory.recurrent."""
-        keys, after = self.keys.recurrent(x, batch, before)
-        return persistent_memory(keys.to(x.dtype), self.stored_keys, self.stored_values).flatten(1), after
+        keys, after = self.keys.recurrent(x, batch, before, self.unscaled)
+        return persistent_memory(keys, self.stored_keys, self.stored_values).flatten(1), after
 
 
 def native_persistent_memory(memory: PersistentMemory, weights: torch.dtype, tolerance: float) -> nn.Module | None:
