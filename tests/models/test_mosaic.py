@@ -150,7 +150,7 @@ def test_parallel_and_recurrent_are_one_model(model, chunk):
             out = model(piece, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             parts.append(out.logits)
-    assert (torch.cat(parts, dim=1) - reference).abs().max() < (3e-5 if len(model.config.memories) > 1 else 1e-5)
+    assert (torch.cat(parts, dim=1) - reference).abs().max() < (5e-5 if len(model.config.memories) > 1 else 1e-5)
     assert isinstance(cache, MosaicCache)
 
 
