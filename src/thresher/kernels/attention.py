@@ -175,5 +175,6 @@ def reference_attention(
     seen &= key >= blank
     k, v = (t.double().repeat_interleave(group, dim=0) for t in (k, v))
     scores = torch.einsum("nhd,hld->hnl", q.double(), k) * scale
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1).nan_to_num(0)  # nothing seen: 0
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+    weights = weights.masked_fill(~seen.any(dim=-1)[:, None], 0)  # of no rows the answer is 0
     return torch.einsum("hnl,hld->nhd", weights, v)

@@ -126,8 +126,17 @@ class _Probe:
     answer: torch.Tensor  # float32 `[tokens, q_heads, head_dim]`
 
     def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, layer_window: int = 0
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        layer_window: int = 0,
+        blank: int = 0,
     ) -> torch.Tensor:
+        if blank:
+            raise ValueError("native layers have no blank rows")
         self.asked.append((q.clone(), k.clone(), v.clone(), scale, layer_window))
         return self.answer
 
