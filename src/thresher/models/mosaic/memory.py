@@ -294,7 +294,7 @@ class SwiGLU(nn.Module):
 
 
 @torch.no_grad()
-def initialize(module: Any, config: MemoryMosaicConfig, layer: int) -> None:
+def initialize(module: Any, config: MemoryMosaicConfig) -> None:
     """The published starts of what is not a matrix, and of the stored pairs; of matrices see modeling.py."""
     heads, head_dim = config.num_attention_heads, config.head_dim
     if isinstance(module, KeyExtractor) and not module.gated:

@@ -154,7 +154,7 @@ class MemoryMosaicPreTrainedModel(PreTrainedModel):
         for layer, block in enumerate(b for b in self.modules() if isinstance(b, MosaicBlock)):
             if module not in block.modules():
                 continue
-            initialize(module, config, layer)
+            initialize(module, config)
             if isinstance(module, nn.Linear):
                 fan_in = module.in_features
                 if config.initializer == "v2":
