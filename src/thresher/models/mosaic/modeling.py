@@ -34,18 +34,18 @@ class MosaicCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self.batch_select(beam_idx)
+        self._select(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        self.batch_select(indices)
+        self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         if self.states is not None:
             self.states = self.states.repeat_interleave(repeats, dim=1)
 
-    def batch_select(self, indices: torch.Tensor) -> None:
+    def _select(self, indices: torch.Tensor) -> None:
         if self.states is not None:
             self.states = self.states.index_select(1, indices.to(self.states.device))
 
