@@ -1,0 +1,1 @@
+"""Compressed CNNs: Tucker decomposition tuned by distillation, held against adversarial attacks."""

@@ -1,0 +1,142 @@
+"""From a classifier to a smaller one: survey, ranks, decomposition; then fine-tuning and folding."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from thresher.errors import UsageError
+from thresher.vision.data import Images
+from thresher.vision.decompose import LayerReport, all_bases, channel_moments, decompose
+from thresher.vision.latency import compare_latency
+from thresher.vision.layers import Survey, contiguous, count_macs, count_parameters, fold_batch_norms, survey
+from thresher.vision.models import Classifier
+from thresher.vision.ranks import (
+    Costs,
+    Pair,
+    Target,
+    allocate,
+    counted_costs,
+    equal_ranks,
+    layer_options,
+    measured_costs,
+    target_cost,
+    vbmf_ranks,
+)
+
+METHODS = ("sensitivity", "equal", "vbmf")
+CALIBRATION = 256  # images
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to decompose. target: what is to be left, for `sensitivity` and `equal`; weakening: of VBMF; by_hand: ranks
+    of layers instead of a method; multiple: that ranks are rounded to; rounds: of HOOI; weighted: the error of outputs
+    on calibration images is minimised, not that of weights; first, leave: layers. Raises UsageError."""
+
+    target: Target | None = field(default_factory=lambda: Target(0.5))
+    method: str = "sensitivity"
+    weakening: float = 1.0
+    by_hand: Mapping[str, Pair] = field(default_factory=dict)
+    multiple: int = 8
+    rounds: int = 10
+    weighted: bool = False
+    first: bool = False
+    leave: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UsageError(f"unknown way to choose ranks {self.method}: choose one of {', '.join(METHODS)}")
+        if self.multiple < 1 or self.rounds < 0:
+            raise UsageError("ranks are multiples of at least 1, and rounds are not negative")
+        if self.target is None and self.method != "vbmf" and not self.by_hand:
+            raise UsageError("a target is needed, but for vbmf and ranks by hand")
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What came of it. shares: of the whole model's flops and parameters that are left; reached: of the target's cost,
+    as predicted for latency."""
+
+    classifier: Classifier
+    layers: list[LayerReport]
+    shares: dict[str, float]
+    reached: float | None
+
+
+def compress(
+    classifier: Classifier,
+    settings: Settings,
+    calibration: Images | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Compressed:
+    """Decompose without training. Without calibration images harm is judged by weights alone. Raises UsageError."""
+    module, example = classifier.module, classifier.example
+    if classifier.about.folded:
+        raise UsageError("its batch norms are folded: decompose the model from before, which can be fine-tuned")
+    surveyed = survey(module, example, settings.first, settings.leave)
+    if not surveyed.open:
+        reasons = ", ".join(sorted({c.left for c in surveyed.convolutions}))
+        raise UsageError(f"no convolution of the model can be decomposed: {reasons}")
+    images = None if calibration is None else _spread(calibration, CALIBRATION)
+    moments = None
+    if settings.weighted:
+        if images is None:
+            raise UsageError("to weight errors by inputs, images are needed")
+        moments = channel_moments(module, surveyed, images)
+    bases = all_bases(module, surveyed, moments)
+    costs = None
+    if settings.by_hand:
+        ranks = {n: (r[0], r[0] if _pointwise(surveyed, n) else r[1]) for n, r in settings.by_hand.items()}
+    elif settings.method == "vbmf":
+        ranks = vbmf_ranks(module, surveyed, settings.weakening, settings.multiple)
+    else:
+        assert settings.target is not None
+        costs = find_costs(classifier, surveyed, settings.target)
+        allowed = settings.target.share * costs.whole
+        if settings.method == "equal":
+            ranks = equal_ranks(surveyed, costs, allowed, settings.multiple)
+        else:
+            options = layer_options(module, surveyed, bases, images, costs, settings.multiple, progress=progress)
+            ranks = allocate(options, costs.fixed(surveyed), allowed)
+    result, layers = decompose(module, surveyed, bases, ranks, settings.rounds)
+    shares = {
+        "flops": count_macs(result, example) / surveyed.macs,
+        "parameters": count_parameters(result) / surveyed.parameters,
+    }
+    about = replace(classifier.about, ranks=ranks)
+    reached = target_cost(ranks, surveyed, costs) if costs else None
+    return Compressed(Classifier(result, about), layers, shares, reached)
+
+
+def _pointwise(surveyed: Survey, name: str) -> bool:
+    return any(c.name == name and c.pointwise for c in surveyed.convolutions)
+
+
+def find_costs(classifier: Classifier, surveyed: Survey, target: Target) -> Costs:
+    """What the target counts: FLOPs, parameters, or measured seconds of the folded model."""
+    if target.cost == "latency":
+        return measured_costs(fold(classifier).module, surveyed, classifier.example, target.batch)
+    return counted_costs(surveyed, target.cost)
+
+
+def fold(classifier: Classifier) -> Classifier:
+    """A copy in eval mode with its batch norms folded into convolutions."""
+    module = contiguous(copy.deepcopy(classifier.module))
+    pairs = fold_batch_norms(module, classifier.example)
+    return Classifier(module, replace(classifier.about, folded=(*classifier.about.folded, *pairs)))
+
+
+def latencies(before: Classifier, after: Classifier, batches: tuple[int, ...] = (1, 32)) -> dict[int, dict[str, float]]:
+    """Median seconds of a pass, of both folded, in turns: {batch: {before, after}}."""
+    models = {"before": fold(before).module, "after": fold(after).module}
+    return compare_latency(models, before.example, batches)
+
+
+def _spread(images: Images, count: int) -> torch.Tensor:
+    """So many images [N, C, H, W] in [0, 1], evenly from all."""
+    chosen = torch.linspace(0, len(images) - 1, min(count, len(images))).long()
+    return images.pixels[chosen].float() / 255

@@ -1,0 +1,241 @@
+"""Train a classifier, or fine-tune a decomposed one from its teacher: one loop, resumable, on accelerate's devices."""
+
+import csv
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from thresher.errors import StorageError, UsageError
+from thresher.vision.data import Images, augment
+from thresher.vision.layers import channels_last, unwrap_logits
+from thresher.vision.losses import attack_for_training, find_objective, objective_loss
+
+CHECKPOINT, CURVE = "checkpoint.pt", "finetune.csv"
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the result, beside the nets and the data.
+
+    objective: a name of losses.OBJECTIVES; lr: the highest, reached after a twentieth of the steps and left on a cosine
+    to 0; pad: pixels that images are moved by, with mirroring; epsilon, attack_steps: of adversarial objectives.
+    Raises UsageError.
+    """
+
+    objective: str = "soft"
+    epochs: int = 3
+    batch: int = 128
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    pad: int = 2
+    epsilon: float = 0.1
+    attack_steps: int = 7
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        find_objective(self.objective)
+        if min(self.epochs, self.batch - 1, self.attack_steps) < 1 or self.pad < 0:
+            raise UsageError("epochs and attack steps begin at 1, a batch at 2, and a padding at 0")
+        if not 0 < self.lr < math.inf or not 0 <= self.momentum < 1 or not 0 <= self.weight_decay < math.inf:
+            raise UsageError("learning rate, momentum or weight decay makes no sense")
+        if not 0 <= self.epsilon <= 1:
+            raise UsageError(f"an epsilon of {self.epsilon} is not between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """loss: mean over the epoch; accuracy: on the validation images after it; seconds: of all so far, without that."""
+
+    epoch: int
+    loss: float
+    accuracy: float
+    seconds: float
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Images, batch: int = 256) -> torch.Tensor:
+    """Logits [N, classes] in eval mode; the model's own mode is as before."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    pieces = [
+        unwrap_logits(model(piece.to(device).float().div(255).contiguous(memory_format=torch.channels_last))).cpu()
+        for piece in torch.split(images.pixels, batch)
+    ]
+    model.train(was_training)
+    return torch.cat(pieces)
+
+
+def accuracy(model: nn.Module, images: Images) -> float:
+    """Share of the images whose best class is right."""
+    return float((predict(model, images).argmax(1) == images.labels).double().mean())
+
+
+@contextmanager
+def captured(model: nn.Module, layers: list[str]) -> Iterator[list[torch.Tensor]]:
+    """The outputs of these layers, in this order, of the last forward within. Raises UsageError for an unknown
+    layer."""
+    outputs: list[torch.Tensor] = [torch.empty(0)] * len(layers)
+    modules = dict(model.named_modules())
+    unknown = [name for name in layers if name not in modules]
+    if unknown:
+        raise UsageError(f"the teacher has no layer {unknown[0]} to compare with")
+
+    def keep(i: int) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+            outputs[i] = output
+
+        return hook
+
+    handles = [modules[name].register_forward_hook(keep(i)) for i, name in enumerate(layers)]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def finetune(
+    student: nn.Module,
+    data: Images,
+    validation: Images,
+    settings: Settings,
+    teacher: nn.Module | None = None,
+    layers: list[str] | None = None,
+    folder: Path | None = None,
+    progress: Progress = lambda done, total: None,
+) -> list[Epoch]:
+    """Train `student` in place and return its curve.
+
+    layers: names of modules of both nets whose outputs are compared by the objectives that compare features. With a
+    folder it is kept after each epoch (CHECKPOINT, CURVE), and a run that was stopped goes on there: on CPU with the
+    bits of one that was not. Raises UsageError, StorageError; a loss that is no number stops it after the last good
+    epoch.
+    """
+    from accelerate import Accelerator
+
+    objective = find_objective(settings.objective)
+    if objective.needs_teacher and teacher is None:
+        raise UsageError(f"the loss {settings.objective} needs a teacher")
+    if objective.needs_features and not layers:
+        raise UsageError(f"the loss {settings.objective} compares layers, and none was decomposed")
+    accelerator = Accelerator()
+    channels_last(student)
+    optimizer = torch.optim.SGD(
+        student.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay, nesterov=True
+    )
+    steps = -(-len(data) // (settings.batch * accelerator.num_processes)) * settings.epochs
+    made_from = {"settings": asdict(settings), "data": data.digest()}
+    curve = _resume(folder, student, optimizer, made_from)
+    model, optimizer = accelerator.prepare(student, optimizer)
+    if teacher is not None:
+        teacher = channels_last(teacher).to(accelerator.device).eval()
+    compared = (layers or []) if objective.needs_features else []
+    before = curve[-1].seconds if curve else 0.0
+    step = len(curve) * (steps // settings.epochs)
+    for epoch in range(len(curve), settings.epochs):
+        begun = time.perf_counter()
+        generator = torch.Generator().manual_seed(_mixed(settings.seed, epoch, accelerator.process_index + 1))
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(_mixed(settings.seed, epoch, 0)))
+        loader = accelerator.prepare(DataLoader(data, settings.batch, sampler=order.tolist()))
+        student.train()
+        losses: list[float] = []
+        for images, labels in loader:
+            if len(images) < 2:
+                continue  # batch norm has nothing to learn of one image
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * _schedule(step, steps)
+            images = augment(images.cpu(), settings.pad, generator).to(accelerator.device)
+            images = images.contiguous(memory_format=torch.channels_last)
+            taught, attacked, theirs = None, None, list[torch.Tensor]()
+            if teacher is not None and objective.needs_teacher:
+                with torch.no_grad(), captured(teacher, compared) as theirs:
+                    taught = unwrap_logits(teacher(images))
+            if objective.soft_adversarial and taught is not None:
+                student.eval()  # an attack does not move the means of batch norm
+                moved = attack_for_training(
+                    objective, model, images, labels, taught, settings.epsilon, settings.attack_steps, generator
+                )
+                student.train()
+                attacked = unwrap_logits(model(moved))
+            with captured(student, compared) as ours:
+                logits = unwrap_logits(model(images))
+            features = (ours, theirs) if compared else None
+            loss = objective_loss(objective, logits, labels, taught, features, attacked)
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                kept = f"; epoch {epoch} is in {folder}" if folder and epoch else ""
+                raise UsageError(f"the loss is {losses[-1]} in epoch {epoch + 1}: a lower learning rate may help{kept}")
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            optimizer.step()
+            step += 1
+            progress(min(step, steps), steps)
+        before += time.perf_counter() - begun
+        curve.append(Epoch(epoch + 1, sum(losses) / max(1, len(losses)), accuracy(student, validation), before))
+        if folder and accelerator.is_main_process:
+            _keep(folder, student, optimizer, made_from, curve)
+    student.eval()
+    return curve
+
+
+def _mixed(*parts: int) -> int:
+    """One seed of several numbers; other numbers give others."""
+    import numpy as np
+
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint32)[0])
+
+
+def _schedule(step: int, steps: int) -> float:
+    warm = max(1, steps // 20)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _keep(folder: Path, student: nn.Module, optimizer: Any, made_from: dict[str, Any], curve: list[Epoch]) -> None:
+    saved = {
+        "made_from": made_from,
+        "curve": [astuple(e) for e in curve],
+        "student": student.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / (CHECKPOINT + ".part")
+        torch.save(saved, part)
+        os.replace(part, folder / CHECKPOINT)
+        with open(folder / CURVE, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("epoch", "loss", "accuracy", "seconds"))
+            writer.writerows(astuple(e) for e in curve)
+    except OSError as error:
+        raise StorageError(f"{folder}: the checkpoint cannot be written: {error.strerror}") from error
+
+
+def _resume(folder: Path | None, student: nn.Module, optimizer: Any, made_from: dict[str, Any]) -> list[Epoch]:
+    if folder is None or not (folder / CHECKPOINT).is_file():
+        return []
+    try:
+        saved = torch.load(folder / CHECKPOINT, weights_only=True)
+        if saved["made_from"] != made_from:
+            raise UsageError(f"{folder}: holds a run with other settings or data: choose another folder or remove it")
+        student.load_state_dict(saved["student"])
+        optimizer.load_state_dict(saved["optimizer"])
+        return [Epoch(*row) for row in saved["curve"]]
+    except UsageError:
+        raise
+    except Exception as error:  # a pickle that was refused, a file that was cut, other shapes
+        raise StorageError(f"{folder / CHECKPOINT}: cannot be resumed: {str(error).splitlines()[0]}") from error
