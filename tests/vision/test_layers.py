@@ -11,7 +11,7 @@ from thresher.errors import UsageError
 from thresher.vision.decompose import all_bases, channel_moments, decompose
 from thresher.vision.layers import count_macs, count_parameters, fold_batch_norms, survey
 from thresher.vision.nets import conv_bn, make_net
-from thresher.vision.ranks import equal_ranks, counted_costs
+from thresher.vision.ranks import counted_costs, equal_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -104,8 +104,9 @@ def test_counted_costs_are_those_of_the_layers(name, ratio):
     assert count_macs(result, EXAMPLE) - count_macs(model, EXAMPLE) == sum(r.macs[1] - r.macs[0] for r in reports)
     change = sum(r.parameters[1] - r.parameters[0] for r in reports)
     assert count_parameters(result) - count_parameters(model) == change
-    assert {r.kind for r in reports} == ({"tucker", "svd"} if name == "resnet" else {"tucker"})
-    assert all(0 < r.error < 1 for r in reports if r.channels[1] > 1)
+    kinds = {r.kind for r in reports if r.name != found.convolutions[0].name}  # the first has one channel
+    assert kinds == ({"tucker", "svd"} if name == "resnet" else {"tucker"})
+    assert all(0 < r.error < 1 for r in reports if r.kind != "kept")
 
 
 def test_full_rank_is_the_model_and_the_original_is_untouched():
@@ -210,7 +211,7 @@ TRANSFORMERS = {
     "MobileNetV1": {"depth_multiplier": 0.25, "image_size": 64},
     "MobileNetV2": {"depth_multiplier": 0.35, "image_size": 64},
     "ConvNext": {"hidden_sizes": [16, 32, 32, 64], "depths": [1, 1, 1, 1]},
-    "EfficientNet": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 64, "image_size": 64},
+    "EfficientNet": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320, "image_size": 64},
 }
 
 
@@ -227,13 +228,13 @@ def test_families_of_transformers(family):
     bases = all_bases(model, found)
     full = {c.name: (min(c.outputs, c.inputs),) * 2 if c.pointwise else (c.outputs, c.inputs) for c in found.open}
     whole, _ = decompose(model, found, bases, full)
-    costs = counted_costs(found, "flops")
-    half, _ = decompose(model, found, bases, equal_ranks(found, costs, 0.9 * costs.whole, multiple=4))
+    quarter = {name: tuple(max(1, r // 4) for r in ranks) for name, ranks in full.items()}
+    less, _ = decompose(model, found, bases, quarter)
     with torch.no_grad():
         expected = model(x).logits
         assert (whole(x).logits - expected).abs().max() < 1e-4 * expected.abs().max()
-        given = half(x).logits
-        pairs = fold_batch_norms(half, x[:1])
-        assert (half(x).logits - given).abs().max() < 1e-4 * given.abs().max()
-    assert count_macs(half, x[:1]) <= 0.9 * found.macs
+        given = less(x).logits
+        pairs = fold_batch_norms(less, x[:1])
+        assert (less(x).logits - given).abs().max() < 1e-4 * given.abs().max()
+    assert count_macs(less, x[:1]) < found.macs
     assert bool(pairs) == any(isinstance(m, nn.BatchNorm2d) for m in model.modules())

@@ -1,4 +1,5 @@
-"""Decompositions of weights: exact at full rank, optimal among their kind, and layers that compute what they stand for."""
+"""Decompositions of weights: exact at full rank, optimal among their kind, and layers that compute what they stand
+for."""
 
 import math
 
@@ -88,7 +89,9 @@ def test_as_good_as_tensorly(outer, inner):
         (core, factors), _ = partial_tucker(weight.numpy(), (outer, inner), modes=[0, 1], n_iter_max=200, tol=1e-9)
         theirs = tensorly.tenalg.multi_mode_dot(core, factors, modes=[0, 1])
     error = np.linalg.norm(weight.numpy() - theirs) / np.linalg.norm(weight.numpy())
-    assert tucker2(find_bases(weight), outer, inner, rounds=200, tolerance=1e-12).error == pytest.approx(error, abs=1e-5)
+    assert tucker2(find_bases(weight), outer, inner, rounds=200, tolerance=1e-12).error == pytest.approx(
+        error, abs=1e-5
+    )
     assert tucker2(find_bases(weight), outer, inner).error == pytest.approx(error, abs=1e-3)
 
 

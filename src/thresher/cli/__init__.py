@@ -21,6 +21,7 @@ from thresher.cli.plan import plan
 from thresher.cli.read import read
 from thresher.cli.scale import scale
 from thresher.cli.streams import prepare_streams
+from thresher.cli.vision import vision
 
 app = typer.Typer(
     name="thresher",
@@ -53,6 +54,7 @@ app.add_typer(bench, name="bench")
 app.add_typer(plan, name="plan")
 app.add_typer(scale, name="scale")
 app.add_typer(mosaic, name="mosaic")
+app.add_typer(vision, name="vision")
 app.add_typer(evaluate, name="eval")
 
 

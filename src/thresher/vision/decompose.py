@@ -11,6 +11,15 @@ from thresher.errors import UsageError
 from thresher.vision.layers import Convolution, Survey, replace_module
 from thresher.vision.tucker import Bases, Factors, find_bases, svd, tucker2
 
+_ASKED = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+)  # by models that pad by themselves
+
 Ranks = Mapping[str, tuple[int, int]]  # layer: outer, inner; of 1x1 layers both are the rank
 
 
@@ -55,8 +64,12 @@ def make_layers(conv: nn.Conv2d, factors: Factors) -> nn.Sequential:
 
     inner, outer = factors.inner.T[:, :, None, None], factors.outer[:, :, None, None]
     if conv.kernel_size == (1, 1):
-        return nn.Sequential(make(inner, like=True), make(outer, conv.bias))
-    return nn.Sequential(make(inner), make(factors.core, like=True), make(outer, conv.bias))
+        layers = nn.Sequential(make(inner, like=True), make(outer, conv.bias))
+    else:
+        layers = nn.Sequential(make(inner), make(factors.core, like=True), make(outer, conv.bias))
+    for name in _ASKED:
+        setattr(layers, name, getattr(conv, name))
+    return layers
 
 
 def all_bases(

@@ -44,7 +44,7 @@ class Normalized(nn.Module):
 class Description:
     """What a folder says of its model, beside the weights.
 
-    source: net:NAME, transformers, timm:NAME or MODULE:FACTORY; config: of transformers; classes: names in order;
+    source: net:NAME, transformers, timm:NAME or MODULE:FUNCTION; config: of transformers; classes: names in order;
     shape: channels, height, width of an image in [0, 1]; mean, std: applied inside; ranks: of decomposed layers;
     folded: convolutions and the batch norms they took in; history: what was done and measured.
     """
@@ -82,7 +82,7 @@ def load_classifier(
     name: str, weights: Path | None = None, size: int | None = None, trusted: str | None = None
 ) -> Classifier:
     """A model by a folder of this project or of transformers, by hub id, `timm:NAME`, or the path of Python code,
-    `MODULE:FACTORY`.
+    `MODULE:FUNCTION`.
 
     weights: a state dict for the last two (safetensors, or a file that loads with weights_only). size: height and width
     of an image where the model does not say. trusted: the code path that a folder may name. Raises ModelError,
@@ -96,7 +96,7 @@ def load_classifier(
     if ":" in name and not folder.exists():
         return _from_code(name, lambda: _factory(name), weights, size)
     if weights is not None:
-        raise UsageError("--weights goes with timm:NAME or MODULE:FACTORY: a folder has its own")
+        raise UsageError("--weights goes with timm:NAME or MODULE:FUNCTION: a folder has its own")
     return _from_transformers(name, size)
 
 
@@ -159,7 +159,7 @@ def _from_transformers(name: str, size: int | None) -> Classifier:
         nets = ", ".join(NETS)
         raise ModelError(
             f"{name}: neither a folder with {DESCRIPTION}, nor an image classifier of transformers in safetensors, nor "
-            f"timm:NAME or MODULE:FACTORY ({nets} are made by `thresher vision train`): {str(error).splitlines()[0]}"
+            f"timm:NAME or MODULE:FUNCTION ({nets} are made by `thresher vision train`): {str(error).splitlines()[0]}"
         ) from error
     file = cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
     said = json.loads(Path(file).read_text()) if file else {}
@@ -302,38 +302,52 @@ def _replaced(path: Path, write: Callable[[Path], Any]) -> Any:
 
 
 def _exported(classifier: Classifier) -> Any:
-    images = classifier.example.repeat(2, 1, 1, 1)
-    module = contiguous(classifier.module).eval()
-    return torch.export.export(module, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    """The program that torch.export makes, for any batch size, or for single images where the model's code allows no
+    other."""
+    module, image = contiguous(classifier.module).eval(), classifier.example
+    try:
+        return torch.export.export(
+            module, (image.repeat(2, 1, 1, 1),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+        )
+    except Exception:  # torch has no one class for what its tracers cannot do
+        try:
+            return torch.export.export(module, (image,))
+        except Exception as error:
+            raise ModelError(f"the model cannot be exported: {str(error).strip().splitlines()[0]}") from error
 
 
 def export_torch(classifier: Classifier, path: Path) -> float:
-    """Write an archive of torch.export with any batch size; returns how far its logits are from the model's."""
+    """Write an archive of torch.export; returns how far its logits are from the model's. Raises ModelError."""
+    program = _exported(classifier)
     with open(path, "wb") as file:
-        torch.export.save(_exported(classifier), file)
+        torch.export.save(program, file)
     with open(path, "rb") as file:
         again = torch.export.load(file).module()
-    return _difference(classifier, lambda x: unwrap_logits(again(x)), path)
+    return _difference(classifier, program, lambda x: unwrap_logits(again(x)), path)
 
 
 def export_onnx(classifier: Classifier, path: Path) -> float:
-    """Write ONNX with any batch size, run it in onnxruntime; returns how far its logits are from the model's."""
+    """Write ONNX and run it in onnxruntime; returns how far its logits are from the model's. Raises ModelError, and
+    UsageError where what that needs is not installed."""
     from thresher.vision.latency import onnx_runner
 
+    program = _exported(classifier)
     try:
-        program = torch.onnx.export(_exported(classifier), dynamo=True, verbose=False, external_data=False)
+        converted = torch.onnx.export(program, dynamo=True, verbose=False, external_data=False)
     except ImportError as error:
         raise UsageError("onnx and onnxscript are not installed: pip install 'thresher[vision]'") from error
-    assert program is not None
-    program.save(path, external_data=False)
-    return _difference(classifier, lambda x: torch.from_numpy(onnx_runner(path, x)()[0]), path)
+    assert converted is not None
+    converted.save(path, external_data=False)
+    return _difference(classifier, program, lambda x: torch.from_numpy(onnx_runner(path, x)()[0]), path)
 
 
 @torch.no_grad()
-def _difference(classifier: Classifier, run: Callable[[torch.Tensor], torch.Tensor], path: Path) -> float:
-    images = torch.rand(3, *classifier.about.shape, generator=torch.Generator().manual_seed(1))
-    expected = unwrap_logits(classifier.module(images))
-    apart = float((run(images) - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+def _difference(classifier: Classifier, program: Any, run: Callable[[torch.Tensor], torch.Tensor], path: Path) -> float:
+    apart = 0.0
+    for batch in (1, 3) if program.range_constraints else (1,):
+        images = torch.rand(batch, *classifier.about.shape, generator=torch.Generator().manual_seed(batch))
+        expected = unwrap_logits(classifier.module(images))
+        apart = max(apart, float((run(images) - expected).abs().max() / expected.abs().max().clamp(min=1e-6)))
     if not apart < 1e-3:
         raise ModelError(f"{path}: the exported model gives other logits, by {apart:.1e} of the largest")
     return apart

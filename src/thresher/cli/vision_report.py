@@ -1,0 +1,37 @@
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from thresher.cli.options import Json, writable
+from thresher.cli.terminal import say, write_json, write_text
+from thresher.errors import UsageError
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="What `thresher vision tucker` wrote, and `attack` added to.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The page to write; a PNG and a CSV get its name. Default: report.html in the folder.",
+            callback=writable,
+            show_default=False,
+        ),
+    ] = None,
+    json: Json = None,
+) -> None:
+    """One page of a compressed model: accuracy, robust accuracy, parameters, FLOPs, time, and every layer's ranks.
+
+    thresher vision report smaller
+    """
+    from thresher.vision.report import read_folder, render
+
+    page = out or folder / "report.html"
+    if page.suffix not in (".html", ".htm"):
+        raise UsageError(f"--out {page}: the page is HTML; give a name that ends with .html")
+    found = read_folder(folder)
+    text, table = render(found, page.with_suffix(".png"))
+    write_text(page, text)
+    write_text(page.with_suffix(".csv"), table)
+    say(f"{page}, {page.with_suffix('.png')} and {page.with_suffix('.csv')} written")
+    write_json(json, found.raw())

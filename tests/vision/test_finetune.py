@@ -1,0 +1,149 @@
+"""Fine-tuning: what is learned, what an interruption changes (nothing), and what is refused."""
+
+import pytest
+import torch
+
+from thresher.errors import StorageError, UsageError
+from thresher.vision.data import Images
+from thresher.vision.decompose import all_bases, decompose
+from thresher.vision.finetune import CHECKPOINT, CURVE, Settings, accuracy, captured, finetune, predict
+from thresher.vision.layers import survey
+from thresher.vision.losses import OBJECTIVES
+from thresher.vision.nets import ResNet
+
+
+@pytest.fixture(autouse=True)
+def one_thread(set_threads):
+    pass
+
+
+def stripes(count, seed):
+    """Four classes of 12 x 12: bright rows or columns, coarse or fine, in noise."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(4, (count,), generator=g)
+    line = torch.arange(12)
+    waves = torch.stack([(line // 2 % 2).float(), (line // 3 % 2).float()])
+    pixels = torch.stack(
+        [waves[c // 2][:, None].expand(12, 12) if c % 2 else waves[c // 2].expand(12, 12) for c in labels]
+    )
+    noisy = 110 * pixels + 70 * torch.rand(count, 12, 12, generator=g) + 20
+    return Images(noisy.clamp(0, 255).byte()[:, None], labels, ("a", "b", "c", "d"))
+
+
+TRAIN, VALIDATION = stripes(256, 0), stripes(128, 1)
+QUICK = Settings("cross-entropy", epochs=2, batch=64, lr=0.1, pad=1)
+
+
+def fresh(seed=0):
+    torch.manual_seed(seed)
+    return ResNet(4, 1, (8, 16, 32))
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.set_num_threads(1)
+    model = fresh()
+    curve = finetune(model, TRAIN, VALIDATION, Settings("cross-entropy", epochs=8, batch=32, lr=0.05, pad=1))
+    assert curve[-1].accuracy > 0.95
+    return model
+
+
+@pytest.fixture
+def student(teacher):
+    found = survey(teacher, torch.rand(1, 1, 12, 12))
+    ranks = dict.fromkeys(("blocks.0.second.0", "blocks.1.first.0", "blocks.2.first.0"), (2, 2))
+    return decompose(teacher, found, all_bases(teacher, found), ranks)[0], list(ranks)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_recovers_what_decomposition_lost(teacher, student, objective):
+    model, layers = student
+    before, taught = accuracy(model, VALIDATION), teacher.state_dict()
+    kept = {n: t.clone() for n, t in taught.items()}
+    settings = Settings(objective, epochs=4, batch=32, lr=0.005, pad=0, epsilon=0.02, attack_steps=2)
+    curve = finetune(model, TRAIN, VALIDATION, settings, teacher, layers)
+    assert before < 0.9
+    assert curve[-1].accuracy > before + 0.3
+    assert [e.epoch for e in curve] == [1, 2, 3, 4]
+    assert all(torch.equal(t, kept[n]) for n, t in teacher.state_dict().items())
+    assert not model.training
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_an_interruption_changes_nothing(tmp_path):
+    whole, cut = fresh(), fresh()
+    curve = finetune(whole, TRAIN, VALIDATION, QUICK)
+
+    def stop(done, total):
+        if done == 5:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        finetune(cut, TRAIN, VALIDATION, QUICK, folder=tmp_path, progress=stop)
+    again = fresh(seed=9)
+    resumed = finetune(again, TRAIN, VALIDATION, QUICK, folder=tmp_path)
+    assert [(e.loss, e.accuracy) for e in resumed] == [(e.loss, e.accuracy) for e in curve]
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+    done = fresh(seed=9)
+    finetune(done, TRAIN, VALIDATION, QUICK, folder=tmp_path, progress=lambda *_: pytest.fail("nothing is left to do"))
+    assert torch.equal(predict(done, VALIDATION), predict(whole, VALIDATION))
+    assert len((tmp_path / CURVE).read_text().splitlines()) == 3
+
+
+def test_another_seed_gives_another_result_and_the_same_the_same():
+    results = []
+    for seed in (0, 0, 1):
+        model = fresh()
+        finetune(model, TRAIN, VALIDATION, Settings("cross-entropy", epochs=1, batch=64, seed=seed))
+        results.append(predict(model, VALIDATION))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_checkpoints_that_are_not_ours(tmp_path):
+    finetune(fresh(), TRAIN, VALIDATION, QUICK, folder=tmp_path)
+    with pytest.raises(UsageError, match="other settings or data"):
+        finetune(fresh(), TRAIN, VALIDATION, Settings("cross-entropy", epochs=3, batch=64), folder=tmp_path)
+    with pytest.raises(UsageError, match="other settings or data"):
+        finetune(fresh(), VALIDATION, VALIDATION, QUICK, folder=tmp_path)
+    data = (tmp_path / CHECKPOINT).read_bytes()
+    (tmp_path / CHECKPOINT).write_bytes(data[: len(data) // 2])
+    with pytest.raises(StorageError, match="cannot be resumed"):
+        finetune(fresh(), TRAIN, VALIDATION, QUICK, folder=tmp_path)
+    torch.save({"made_from": Stopped()}, tmp_path / CHECKPOINT)
+    with pytest.raises(StorageError, match="cannot be resumed"):
+        finetune(fresh(), TRAIN, VALIDATION, QUICK, folder=tmp_path)
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_good_epoch(tmp_path):
+    model = fresh()
+    finetune(model, TRAIN, VALIDATION, QUICK, folder=tmp_path)
+    saved = (tmp_path / CHECKPOINT).read_bytes()
+    broken = fresh()
+    broken.head[2].weight.data.fill_(float("inf"))
+    with pytest.raises(UsageError, match="the loss is nan in epoch 1"):
+        finetune(broken, TRAIN, VALIDATION, QUICK, folder=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    assert (tmp_path / CHECKPOINT).read_bytes() == saved
+
+
+def test_what_is_refused(teacher):
+    with pytest.raises(UsageError, match="needs a teacher"):
+        finetune(fresh(), TRAIN, VALIDATION, Settings("soft"))
+    with pytest.raises(UsageError, match="compares layers, and none was decomposed"):
+        finetune(fresh(), TRAIN, VALIDATION, Settings("hint"), teacher, [])
+    with pytest.raises(UsageError, match="no layer nothing to compare"):
+        finetune(fresh(), TRAIN, VALIDATION, Settings("hint"), teacher, ["nothing"])
+    for wrong in ({"lr": 0}, {"lr": float("nan")}, {"batch": 1}, {"epochs": 0}, {"objective": "x"}, {"epsilon": 2}):
+        with pytest.raises(UsageError):
+            Settings(**wrong)
+
+
+def test_hooks_are_gone_afterwards(teacher):
+    with captured(teacher, ["blocks.0"]) as outputs:
+        teacher(torch.rand(2, 1, 12, 12))
+        assert outputs[0].shape == (2, 8, 6, 6)
+    assert not teacher.blocks[0]._forward_hooks
