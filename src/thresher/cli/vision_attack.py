@@ -49,17 +49,18 @@ def attack(
 
     Of a folder of this project, what is found is also kept in it, for `thresher vision report`.
     """
-    from thresher.vision.robustness import assess, keep
+    from thresher.vision.robustness import attack as run
+    from thresher.vision.robustness import keep
 
     prepare(threads, None)
     classifier = source.load(model)
     rival = source.load(against) if against else None
-    test = read_data(data, classifier).test
+    test = read_data(data, classifier.about.shape[1], classifier.about.shape[0]).test
     if len(test.classes) != len(classifier.about.classes):
         raise UsageError(f"the model has {len(classifier.about.classes)} classes, and the data {len(test.classes)}")
     values = _epsilons(epsilons or ("0.02,0.05,0.1" if classifier.about.shape[0] == 1 else "2/255,4/255,8/255"))
     with Bars() as bars:
-        found = assess(classifier, test, attacks, values, images, rival, check, batch, seed, bars)
+        found = run(classifier, test, attacks, values, images, rival, check, batch, seed, bars)
     _show(found, against)
     if kept := keep(found, Path(model)):
         say(f"{kept} written")

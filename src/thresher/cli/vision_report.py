@@ -4,7 +4,7 @@ from typing import Annotated
 import typer
 
 from thresher.cli.options import Json, writable
-from thresher.cli.terminal import say, write_json, write_text
+from thresher.cli.terminal import say, write_json
 from thresher.errors import UsageError
 
 
@@ -24,14 +24,11 @@ def report(
 
     thresher vision report smaller
     """
-    from thresher.vision.report import read_folder, render
+    from thresher.vision.report import write_report
 
     page = out or folder / "report.html"
     if page.suffix not in (".html", ".htm"):
         raise UsageError(f"--out {page}: the page is HTML; give a name that ends with .html")
-    found = read_folder(folder)
-    text, table = render(found, page.with_suffix(".png"))
-    write_text(page, text)
-    write_text(page.with_suffix(".csv"), table)
+    found = write_report(folder, page)
     say(f"{page}, {page.with_suffix('.png')} and {page.with_suffix('.csv')} written")
     write_json(json, found.raw())

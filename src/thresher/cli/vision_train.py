@@ -54,14 +54,12 @@ Model = Annotated[
 ]
 
 
-def read_data(name: str, classifier: "Classifier | None" = None) -> "Splits":
-    """The data, in the size the model takes."""
+def read_data(name: str, size: int | None, channels: int = 3) -> "Splits":
+    """The data, pictures of a folder in this size."""
     from thresher.vision.data import load_splits
 
     with stderr.status("reading the images"):
-        if classifier is None:
-            return load_splits(name)
-        return load_splits(name, classifier.about.shape[1], channels=classifier.about.shape[0])
+        return load_splits(name, size, channels=channels)
 
 
 def prepare(threads: int | None, out: Path | None) -> None:
@@ -115,6 +113,10 @@ def train(
     pad: Annotated[
         int, typer.Option(help="Pixels that images are moved by at random, and mirrored; 0 for neither.", min=0)
     ] = 2,
+    size: Annotated[
+        int | None,
+        typer.Option(help="Pixels of a picture's side, of a folder. Default: 224.", min=1, show_default=False),
+    ] = None,
     seed: Seed = 0,
     threads: Threads = None,
     json: Json = None,
@@ -129,7 +131,7 @@ def train(
 
     settings = Settings(objective="cross-entropy", epochs=epochs, batch=batch, lr=lr, pad=pad, seed=seed)
     prepare(threads, out)
-    images = read_data(data)
+    images = read_data(data, size)
     shape = images.train.pixels.shape
     classifier = new_classifier(net, images.train.classes, (shape[1], shape[2], shape[3]), seed)
     with Bars() as bars:

@@ -100,7 +100,7 @@ def tucker(
         raise UsageError("--distill needs --data")
     prepare(threads, out)
     teacher = source.load(model)
-    images = read_data(data, teacher) if data else None
+    images = read_data(data, teacher.about.shape[1], teacher.about.shape[0]) if data else None
     with Bars() as bars:
         outcome = run(teacher, settings, out, images, tune, fold, sizes, bars)
     _show(outcome)

@@ -1,7 +1,8 @@
-"""How sure a mean is: percentile bootstrap intervals (Efron 1979), seeded, of means and of paired differences."""
+"""How sure a mean is: percentile bootstrap intervals (Efron 1979), seeded, also of paired differences; Wilson's."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -58,3 +59,23 @@ def bootstrap_difference(
         raise UsageError(f"paired values must be as many: {len(values)} and {len(baseline)}")
     differences = np.asarray(values, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
     return bootstrap_mean(differences.tolist(), confidence, resamples, seed)
+
+
+def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
+    """The share of successes among independent trials with its Wilson score interval (1927), never a point.
+
+    `mean` is the share itself, not the middle of the interval. Raises UsageError without trials, or if there cannot be
+    as many successes.
+    """
+    if trials < 1 or not 0 <= successes <= trials:
+        raise UsageError(f"{successes} successes of {trials} trials: no share can be made of that")
+    if not 0 < confidence < 1:
+        raise UsageError(f"confidence={confidence}: must be between 0 and 1")
+    z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
+    share = successes / trials
+    middle = share + z2 / (2 * trials)
+    reach = (z2 * (share * (1 - share) + z2 / (4 * trials)) / trials) ** 0.5
+    scale = 1 + z2 / trials
+    low = 0.0 if successes == 0 else (middle - reach) / scale
+    high = 1.0 if successes == trials else (middle + reach) / scale
+    return Interval(share, low, high)

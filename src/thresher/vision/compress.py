@@ -9,6 +9,7 @@ import torch
 from thresher.errors import UsageError
 from thresher.vision.data import Images
 from thresher.vision.decompose import LayerReport, Ranks, all_bases, channel_moments, decompose
+from thresher.vision.factors import Bases
 from thresher.vision.latency import compare_latency
 from thresher.vision.layers import Survey, contiguous, count_macs, count_parameters, fold_batch_norms, survey
 from thresher.vision.models import Classifier
@@ -24,7 +25,6 @@ from thresher.vision.ranks import (
     target_cost,
     vbmf_ranks,
 )
-from thresher.vision.tucker import Bases
 
 METHODS = ("sensitivity", "equal", "vbmf")
 CALIBRATION = 256  # images

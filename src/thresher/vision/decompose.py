@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from thresher.errors import UsageError
+from thresher.vision.factors import Bases, Factors, find_bases, svd, tucker2
 from thresher.vision.layers import Convolution, Survey, replace_module
-from thresher.vision.tucker import Bases, Factors, find_bases, svd, tucker2
 
 _ASKED = (
     "in_channels",

@@ -12,9 +12,9 @@ from torch import nn
 
 from thresher.errors import UsageError
 from thresher.vision.decompose import Ranks, factor, make_layers
+from thresher.vision.factors import Bases, Factors, vbmf_rank
 from thresher.vision.latency import time_in_turns, torch_runner
 from thresher.vision.layers import Convolution, Survey, unwrap_logits
-from thresher.vision.tucker import Bases, Factors, vbmf_rank
 
 COSTS = ("flops", "parameters", "latency")
 Pair = tuple[int, int]

@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import os
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
@@ -11,7 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from thresher.errors import ModelError
+from thresher.errors import ModelError, StorageError
 from thresher.evaluation.plots import load_pyplot, save_figure
 from thresher.vision.models import DESCRIPTION
 from thresher.vision.robustness import KEPT
@@ -44,7 +45,22 @@ def read_folder(folder: Path) -> Folder:
         raise ModelError(f"{folder}: holds no result of `thresher vision tucker`: {error!r}") from error
 
 
-def render(found: Folder, picture: Path) -> tuple[str, str]:
+def write_report(folder: Path, page: Path) -> Folder:
+    """Write a page (.html), and beside it a picture (.png) and the layers (.csv), of what `tucker` wrote to a folder
+    and `robustness.keep` added. Raises ModelError, StorageError."""
+    found = read_folder(folder)
+    text, table = _render(found, page.with_suffix(".png"))
+    try:
+        for path, content in ((page, text), (page.with_suffix(".csv"), table)):
+            part = path.with_name(f".part-{path.name}")
+            part.write_text(content, encoding="utf-8")
+            os.replace(part, path)
+    except OSError as error:
+        raise StorageError(f"{page}: cannot be written: {error.strerror}") from error
+    return found
+
+
+def _render(found: Folder, picture: Path) -> tuple[str, str]:
     """The page, and the layers as CSV; the picture is written. Raises ModelError for a damaged folder."""
     try:
         _draw(found, picture)

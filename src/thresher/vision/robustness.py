@@ -35,7 +35,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What `assess` found on so many test images."""
+    """What `attack` found on so many test images."""
 
     images: int
     rows: list[Row]
@@ -47,7 +47,7 @@ class Report:
         return asdict(self)
 
 
-def assess(
+def attack(
     classifier: Classifier,
     test: Images,
     attacks: str,

@@ -14,7 +14,7 @@ from torch import nn
 
 from thresher.errors import UsageError
 from thresher.vision.decompose import make_layers
-from thresher.vision.tucker import find_bases, svd, tucker2, vbmf_rank
+from thresher.vision.factors import find_bases, svd, tucker2, vbmf_rank
 
 
 @pytest.fixture(autouse=True)

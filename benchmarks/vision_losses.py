@@ -1,0 +1,125 @@
+"""Which loss brings a decomposed CNN back: Fashion-MNIST, two nets, shares of the FLOPs, losses, seeds.
+
+    python benchmarks/vision_losses.py --out losses [--nets resnet,vgg] [--seeds 0,1,2] [--shares 0.5,0.3] ...
+
+Every run is kept as it ends (a line of results.jsonl, checkpoints beside it), and the same command goes on; several
+processes may share a folder if their seeds or nets differ. At the end: accuracy of all 10,000 test images and robust
+accuracy of 500 under PGD-20 from one start, mean and range over seeds, of the teacher, after decomposition, and after
+each loss; and how far each is from plain cross-entropy.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+
+from thresher.vision import Compression, Finetuning, Target, load_classifier, load_splits
+from thresher.vision.attacks import Attack, evaluate
+from thresher.vision.compress import compress
+from thresher.vision.finetune import accuracy, finetune
+from thresher.vision.losses import OBJECTIVES
+from thresher.vision.models import DESCRIPTION, Classifier, new_classifier
+from thresher.vision.pipeline import train
+
+LOSSES = ("cross-entropy", "logits", "soft", "hint", "attention", "similarity", "relation", "mixed")
+EPSILONS = (0.02, 0.05)
+PGD = Attack("pgd20 once", "pgd", 20, 1)
+
+
+def measure(classifier: Classifier, data) -> dict[str, float]:
+    test = data.test
+    found = {"accuracy": accuracy(classifier.module, test)}
+    images, labels = test.pixels[::20].float() / 255, test.labels[::20]
+    robust = evaluate(classifier.module, images, labels, [PGD], EPSILONS, batch=250)
+    return found | {f"pgd {o.epsilon}": o.accuracy.mean for o in robust.outcomes}
+
+
+def run(arguments: argparse.Namespace) -> None:
+    out, data = arguments.out, load_splits("fashion-mnist")
+    out.mkdir(parents=True, exist_ok=True)
+    results = out / "results.jsonl"
+    done = (
+        {json.dumps(json.loads(line)["run"]) for line in results.read_text().splitlines()}
+        if results.exists()
+        else set()
+    )
+
+    def note(name: dict, classifier: Classifier, **more) -> None:
+        found = {"run": name, **measure(classifier, data), **more}
+        with results.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+        print(json.dumps(found), flush=True)
+
+    for seed in arguments.seeds:
+        for net in arguments.nets:
+            folder = out / f"{net}-{seed}"
+            if not (folder / DESCRIPTION).is_file():
+                fresh = new_classifier(net, data.train.classes, (1, 28, 28), seed)
+                train(fresh, data, Finetuning("cross-entropy", arguments.epochs, lr=0.1, seed=seed), folder)
+            teacher = load_classifier(str(folder))
+            name = {"net": net, "seed": seed, "share": 1.0, "loss": "teacher", "lr": 0.0}
+            if json.dumps(name) not in done:
+                note(name, teacher)
+            for share in arguments.shares:
+                made = compress(teacher, Compression(Target(share)), data.train)
+                layers = [r.name for r in made.layers if r.kind != "kept"]
+                name = {"net": net, "seed": seed, "share": share, "loss": "none", "lr": 0.0}
+                if json.dumps(name) not in done:
+                    note(name, made.classifier, shares=made.shares)
+                for loss in arguments.losses:
+                    for lr in arguments.lrs:
+                        name = {"net": net, "seed": seed, "share": share, "loss": loss, "lr": lr}
+                        if json.dumps(name) in done:
+                            continue
+                        student = compress(teacher, Compression(None, by_hand=made.classifier.about.ranks)).classifier
+                        settings = Finetuning(loss, arguments.tuning, lr=lr, seed=seed)
+                        kept = folder / f"{share}-{loss}-{lr}"
+                        curve = finetune(
+                            student.module, data.train, data.validation, settings, teacher.module, layers, kept
+                        )
+                        note(name, student, seconds=curve[-1].seconds)
+
+
+def table(results: Path) -> None:
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        r = row["run"]
+        groups.setdefault((r["net"], r["share"], r["loss"], r["lr"]), []).append(row)
+    columns = ["accuracy", *(f"pgd {e}" for e in EPSILONS)]
+    print("net, share, loss, lr, seeds: mean (range) of " + ", ".join(columns) + "; difference from cross-entropy")
+    for (net, share, loss, lr), own in sorted(groups.items(), key=lambda g: (g[0][0], -g[0][1])):
+        plain = {r["run"]["seed"]: r for r in groups.get((net, share, "cross-entropy", lr), [])}
+        cells = []
+        for column in columns:
+            values = [100 * r[column] for r in own]
+            text = f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+            pairs = [100 * (r[column] - plain[r["run"]["seed"]][column]) for r in own if r["run"]["seed"] in plain]
+            if pairs and loss not in ("teacher", "none", "cross-entropy"):
+                text += f" {statistics.mean(pairs):+.2f}"
+            cells.append(text)
+        print(f"{net}, {share}, {loss}, {lr}, {len(own)}: " + "; ".join(cells))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--nets", type=lambda s: s.split(","), default=["resnet", "vgg"])
+    parser.add_argument("--seeds", type=lambda s: [int(i) for i in s.split(",")], default=[0, 1, 2])
+    parser.add_argument("--shares", type=lambda s: [float(x) for x in s.split(",")], default=[0.5, 0.3])
+    parser.add_argument("--losses", type=lambda s: s.split(","), default=list(LOSSES))
+    parser.add_argument("--lrs", type=lambda s: [float(x) for x in s.split(",")], default=[0.01])
+    parser.add_argument("--epochs", type=int, default=8, help="of the teacher")
+    parser.add_argument("--tuning", type=int, default=2, help="epochs of a student")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--table", action="store_true", help="print what there is, and run nothing")
+    given = parser.parse_args()
+    unknown = set(given.losses) - set(OBJECTIVES)
+    if unknown:
+        parser.error(f"unknown losses: {', '.join(unknown)}")
+    torch.set_num_threads(given.threads)
+    if not given.table:
+        run(given)
+    table(given.out / "results.jsonl")
