@@ -80,7 +80,7 @@ def test_a_target_of_latency_is_held_against_the_whole(whole, monkeypatch, metho
         counted = counted_costs(surveyed, "flops")
         return Costs(counted.whole, counted.of)
 
-    def latencies(before, after, batches):
+    def latencies(before, after, batches, runtime):
         full, less = (count_macs(c.module, c.example) for c in (before, after))
         return {b: {"before": full, "after": 1.2 * less} for b in batches}
 

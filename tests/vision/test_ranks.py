@@ -11,10 +11,10 @@ from torch import nn
 
 from thresher.errors import UsageError
 from thresher.vision.decompose import all_bases, decompose
+from thresher.vision.latency import onnx_layers, onnx_runner
 from thresher.vision.layers import count_macs, count_parameters, survey
 from thresher.vision.nets import make_net
 from thresher.vision.ranks import (
-    Costs,
     Option,
     Target,
     align,
@@ -163,11 +163,18 @@ def test_vbmf_keeps_what_stands_out():
         vbmf_ranks(model, found, weakening=1.5)
 
 
-def test_measured_costs_are_times():
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+def test_measured_costs_are_times(runtime):
     model = make_net("vgg", 10, 1).eval()
     found = survey(model, EXAMPLE)
-    costs = measured_costs(model, found, EXAMPLE, batch=4, seconds=0.02)
+    costs = measured_costs(model, 1.0, 4, runtime, seconds=0.02)
     last = found.open[-1]
     assert 0 < costs.of(last, (8, 8)) < costs.of(last, None) < costs.whole
     assert costs.of(last, (8, 8)) == costs.of(last, (8, 8))  # measured once
-    assert isinstance(costs, Costs)
+
+
+def test_onnx_layers_compute_what_they_stand_for():
+    layers = [nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 4, (3, 5), (2, 1), (1, 2), (1, 1)), nn.Conv2d(4, 6, 1)]
+    images = torch.rand(2, 3, 11, 9)
+    given = torch.from_numpy(onnx_runner(onnx_layers(layers, images), images)()[0])
+    assert (given - nn.Sequential(*layers)(images)).abs().max() < 1e-5

@@ -29,6 +29,7 @@ def tucker(
         float | None,
         typer.Option(help="The same of the time on this machine, measured layer by layer.", show_default=False),
     ] = None,
+    runtime: Annotated[str, typer.Option(help="Of --target-latency: torch or onnxruntime.")] = "torch",
     ranks: Annotated[
         str,
         typer.Option(
@@ -86,7 +87,7 @@ def tucker(
     sizes = tuple(numbers("batches", batches))
     share, cost = chosen[0] if chosen else (0.5, "flops")
     settings = Compression(
-        target=None if by_hand or ranks == "vbmf" else Target(share, cost, sizes[0]),
+        target=None if by_hand or ranks == "vbmf" else Target(share, cost, sizes[0], runtime),
         method=ranks if not by_hand else "vbmf",
         weakening=weakening,
         by_hand=by_hand,

@@ -1,8 +1,10 @@
 """From a classifier to a smaller one: survey, ranks, decomposition; then fine-tuning and folding."""
 
 import copy
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
@@ -10,10 +12,11 @@ from thresher.errors import UsageError
 from thresher.vision.data import Images
 from thresher.vision.decompose import LayerReport, Ranks, all_bases, channel_moments, decompose
 from thresher.vision.factors import Bases
-from thresher.vision.latency import compare_latency
+from thresher.vision.latency import onnx_runner, time_in_turns, torch_runner
 from thresher.vision.layers import Survey, contiguous, count_macs, count_parameters, fold_batch_norms, survey
-from thresher.vision.models import Classifier
+from thresher.vision.models import Classifier, export_onnx
 from thresher.vision.ranks import (
+    PROBES,
     Costs,
     Pair,
     Target,
@@ -27,7 +30,7 @@ from thresher.vision.ranks import (
 )
 
 METHODS = ("sensitivity", "equal", "vbmf")
-CALIBRATION = 256  # images
+CALIBRATION = 16, 256, 4e12  # images: at least, at most, and multiply-adds of trying ranks, about a minute
 MOST_ROUNDS, NEAR = 4, 0.01  # of a target of latency: tries, and how near is near enough
 
 Progress = Callable[[int, int], None]
@@ -83,7 +86,7 @@ def compress(
     if not surveyed.open:
         reasons = ", ".join(sorted({c.left for c in surveyed.convolutions}))
         raise UsageError(f"no convolution of the model can be decomposed: {reasons}")
-    images = None if calibration is None else _spread(calibration, CALIBRATION)
+    images = None if calibration is None else _spread(calibration, _affordable(surveyed))
     moments = None
     if settings.weighted:
         if images is None:
@@ -128,7 +131,7 @@ def measured_share(
 ) -> float:
     """Time at these ranks as a share of the whole model's, both folded, in turns."""
     result, _ = decompose(classifier.module, surveyed, bases, ranks, rounds=0)
-    times = latencies(classifier, Classifier(result, classifier.about), (target.batch,))[target.batch]
+    times = latencies(classifier, Classifier(result, classifier.about), (target.batch,), target.runtime)[target.batch]
     return times["after"] / times["before"]
 
 
@@ -139,7 +142,9 @@ def _pointwise(surveyed: Survey, name: str) -> bool:
 def find_costs(classifier: Classifier, surveyed: Survey, target: Target) -> Costs:
     """What the target counts: FLOPs, parameters, or measured seconds of the folded model."""
     if target.cost == "latency":
-        return measured_costs(fold(classifier).module, surveyed, classifier.example, target.batch)
+        folded = fold(classifier)
+        (whole,) = time_in_turns([runner(folded, target.batch, target.runtime)], 2.0)
+        return measured_costs(folded.module, whole, target.batch, target.runtime)
     return counted_costs(surveyed, target.cost)
 
 
@@ -150,10 +155,37 @@ def fold(classifier: Classifier) -> Classifier:
     return Classifier(module, replace(classifier.about, folded=(*classifier.about.folded, *pairs)))
 
 
-def latencies(before: Classifier, after: Classifier, batches: tuple[int, ...] = (1, 32)) -> dict[int, dict[str, float]]:
+def runner(classifier: Classifier, batch: int, runtime: str = "torch") -> Callable[[], object]:
+    """Runs a model on so many images, all alike."""
+    images = classifier.example.repeat(batch, 1, 1, 1)
+    if runtime == "torch":
+        return torch_runner(classifier.module, images)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(classifier, path)
+        return onnx_runner(path.read_bytes(), images)
+
+
+def latencies(
+    before: Classifier,
+    after: Classifier,
+    batches: tuple[int, ...] = (1, 32),
+    runtime: str = "torch",
+    seconds: float = 4.0,
+) -> dict[int, dict[str, float]]:
     """Median seconds of a pass, of both folded, in turns: {batch: {before, after}}."""
-    models = {"before": fold(before).module, "after": fold(after).module}
-    return compare_latency(models, before.example, batches)
+    models = [fold(before), fold(after)]
+    result = {}
+    for batch in batches:
+        times = time_in_turns([runner(m, batch, runtime) for m in models], seconds)
+        result[batch] = {"before": times[0], "after": times[1]}
+    return result
+
+
+def _affordable(surveyed: Survey) -> int:
+    """How many calibration images are worth their time: each layer is tried at up to PROBES ranks."""
+    least, most, macs = CALIBRATION
+    return int(min(most, max(least, macs / (PROBES * len(surveyed.open) * surveyed.macs))))
 
 
 def _spread(images: Images, count: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """How long a model takes on this machine: medians of runs that take turns."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,6 +11,8 @@ from torch import nn
 
 from thresher.errors import UsageError
 from thresher.vision.layers import channels_last
+
+RUNTIMES = ("torch", "onnxruntime")
 
 
 def time_in_turns(runs: Sequence[Callable[[], Any]], seconds: float = 2.0, least: int = 5) -> list[float]:
@@ -42,8 +44,9 @@ def torch_runner(model: nn.Module, images: torch.Tensor) -> Callable[[], Any]:
     return run
 
 
-def onnx_runner(path: Path, images: torch.Tensor, threads: int | None = None) -> Callable[[], Any]:
-    """Runs an ONNX file in onnxruntime on the CPU. Raises UsageError where it is not installed."""
+def onnx_runner(model: Path | bytes, images: torch.Tensor, threads: int | None = None) -> Callable[[], Any]:
+    """Runs an ONNX file in onnxruntime on the CPU. Its threads do not wait by spinning: those of other models that take
+    turns would be disturbed. Raises UsageError where it is not installed."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -51,18 +54,39 @@ def onnx_runner(path: Path, images: torch.Tensor, threads: int | None = None) ->
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    source = model if isinstance(model, bytes) else str(model)
+    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     fed = {session.get_inputs()[0].name: images.contiguous().numpy()}
     return lambda: session.run(None, fed)
 
 
-def compare_latency(
-    models: Mapping[str, nn.Module], images: torch.Tensor, batches: Sequence[int] = (1, 32), seconds: float = 4.0
-) -> dict[int, dict[str, float]]:
-    """Median seconds of a pass of each model in torch, for each batch size; images [1, C, H, W] are repeated."""
-    result = {}
-    for batch in batches:
-        repeated = images[:1].repeat(batch, 1, 1, 1)
-        times = time_in_turns([torch_runner(m, repeated) for m in models.values()], seconds)
-        result[batch] = dict(zip(models, times, strict=True))
-    return result
+def onnx_layers(layers: Sequence[nn.Conv2d], images: torch.Tensor) -> bytes:
+    """An ONNX model of convolutions one after another, for images of this size; padding is with zeros whatever the
+    mode. Raises UsageError where onnx is not installed."""
+    try:
+        from onnx import TensorProto, helper, numpy_helper
+    except ImportError as error:
+        raise UsageError("onnx is not installed: pip install 'thresher[vision]'") from error
+    nodes, weights = [], []
+    for i, conv in enumerate(layers):
+        named = [(f"w{i}", conv.weight), *([(f"b{i}", conv.bias)] if conv.bias is not None else [])]
+        weights += [numpy_helper.from_array(p.detach().contiguous().numpy(), name) for name, p in named]
+        left, right, top, bottom = conv._reversed_padding_repeated_twice
+        nodes.append(
+            helper.make_node(
+                "Conv",
+                [f"x{i}", *(name for name, _ in named)],
+                [f"x{i + 1}"],
+                kernel_shape=list(conv.kernel_size),
+                strides=list(conv.stride),
+                dilations=list(conv.dilation),
+                pads=[top, left, bottom, right],
+                group=conv.groups,
+            )
+        )
+    given = helper.make_tensor_value_info("x0", TensorProto.FLOAT, list(images.shape))
+    made = helper.make_tensor_value_info(f"x{len(layers)}", TensorProto.FLOAT, None)
+    graph = helper.make_graph(nodes, "layers", [given], [made], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return bytes(model.SerializeToString())

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import logging
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -332,10 +334,16 @@ def export_onnx(classifier: Classifier, path: Path) -> float:
     from thresher.vision.latency import onnx_runner
 
     program = _exported(classifier)
+    talk = logging.getLogger("torch.onnx")
+    level = talk.level
+    talk.setLevel(logging.ERROR)  # that torchvision is missing, which nothing here needs
     try:
-        converted = torch.onnx.export(program, dynamo=True, verbose=False, external_data=False)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of torch about itself
+            converted = torch.onnx.export(program, dynamo=True, verbose=False, external_data=False)
     except ImportError as error:
         raise UsageError("onnx and onnxscript are not installed: pip install 'thresher[vision]'") from error
+    finally:
+        talk.setLevel(level)
     assert converted is not None
     converted.save(path, external_data=False)
     return _difference(classifier, program, lambda x: torch.from_numpy(onnx_runner(path, x)()[0]), path)

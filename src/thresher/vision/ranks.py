@@ -13,9 +13,10 @@ from torch import nn
 from thresher.errors import UsageError
 from thresher.vision.decompose import Ranks, factor, make_layers
 from thresher.vision.factors import Bases, Factors, vbmf_rank
-from thresher.vision.latency import time_in_turns, torch_runner
+from thresher.vision.latency import RUNTIMES, onnx_layers, onnx_runner, time_in_turns, torch_runner
 from thresher.vision.layers import Convolution, Survey, unwrap_logits
 
+PROBES = 7  # ranks of a layer at which its harm is measured
 COSTS = ("flops", "parameters", "latency")
 Pair = tuple[int, int]
 Progress = Callable[[int, int], None]
@@ -23,15 +24,19 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Target:
-    """What is to be left of a cost, as a share of the whole model's: flops, parameters, or latency at `batch`."""
+    """What is to be left of a cost, as a share of the whole model's: flops, parameters, or latency at `batch` in a
+    runtime. Raises UsageError."""
 
     share: float
     cost: str = "flops"
     batch: int = 1
+    runtime: str = "torch"
 
     def __post_init__(self) -> None:
         if self.cost not in COSTS:
             raise UsageError(f"unknown cost {self.cost}: choose one of {', '.join(COSTS)}")
+        if self.runtime not in RUNTIMES:
+            raise UsageError(f"unknown runtime {self.runtime}: choose one of {', '.join(RUNTIMES)}")
         if not 0 < self.share < 1 or self.batch < 1:
             raise UsageError(f"a target of {self.share} is not between 0 and 1")
 
@@ -64,12 +69,11 @@ def counted_costs(surveyed: Survey, cost: str) -> Costs:
     return Costs(surveyed.parameters, lambda c, r: c.parameters_at(*r) if r else c.parameters)
 
 
-def measured_costs(
-    model: nn.Module, surveyed: Survey, example: torch.Tensor, batch: int, seconds: float = 0.1
-) -> Costs:
-    """Seconds on this machine, each layer alone with input of its size, channels last; layers of one shape are measured
-    once."""
-    (whole,) = time_in_turns([torch_runner(copy.deepcopy(model), example[:1].repeat(batch, 1, 1, 1))], 2.0)
+def measured_costs(model: nn.Module, whole: float, batch: int, runtime: str = "torch", seconds: float = 0.1) -> Costs:
+    """Seconds on this machine, each layer alone with input of its size; layers of one shape are measured once.
+
+    whole: seconds of the whole model.
+    """
     known: dict[tuple[object, ...], float] = {}
 
     def of(c: Convolution, ranks: Pair | None) -> float:
@@ -85,7 +89,12 @@ def measured_costs(
                     torch.randn(outer, inner, *size), torch.randn(c.outputs, outer), torch.randn(c.inputs, inner), 0
                 )
                 layer = make_layers(conv, shape)
-            run = torch_runner(layer, torch.rand(batch, c.inputs, *c.size))
+            images = torch.rand(batch, c.inputs, *c.size)
+            if runtime == "torch":
+                run = torch_runner(layer, images)
+            else:
+                parts = [m for m in layer.modules() if isinstance(m, nn.Conv2d)]
+                run = onnx_runner(onnx_layers(parts, images), images)
             (known[key],) = time_in_turns([run], seconds, least=7)
         return known[key]
 
@@ -171,7 +180,7 @@ def layer_options(
     images: torch.Tensor | None,
     costs: Costs,
     multiple: int = 8,
-    probes: int = 7,
+    probes: int = PROBES,
     most: int = 48,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, list[Option]]:
