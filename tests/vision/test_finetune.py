@@ -83,11 +83,11 @@ def test_an_interruption_changes_nothing(tmp_path):
 
     with pytest.raises(Stopped):
         finetune(cut, TRAIN, VALIDATION, QUICK, folder=tmp_path, progress=stop)
-    again = fresh(seed=9)
+    again = fresh()
     resumed = finetune(again, TRAIN, VALIDATION, QUICK, folder=tmp_path)
     assert [(e.loss, e.accuracy) for e in resumed] == [(e.loss, e.accuracy) for e in curve]
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
-    done = fresh(seed=9)
+    done = fresh()
     finetune(done, TRAIN, VALIDATION, QUICK, folder=tmp_path, progress=lambda *_: pytest.fail("nothing is left to do"))
     assert torch.equal(predict(done, VALIDATION), predict(whole, VALIDATION))
     assert len((tmp_path / CURVE).read_text().splitlines()) == 3
@@ -105,10 +105,12 @@ def test_another_seed_gives_another_result_and_the_same_the_same():
 
 def test_checkpoints_that_are_not_ours(tmp_path):
     finetune(fresh(), TRAIN, VALIDATION, QUICK, folder=tmp_path)
-    with pytest.raises(UsageError, match="other settings or data"):
+    with pytest.raises(UsageError, match="other settings, data or models"):
         finetune(fresh(), TRAIN, VALIDATION, Settings("cross-entropy", epochs=3, batch=64), folder=tmp_path)
-    with pytest.raises(UsageError, match="other settings or data"):
+    with pytest.raises(UsageError, match="other settings, data or models"):
         finetune(fresh(), VALIDATION, VALIDATION, QUICK, folder=tmp_path)
+    with pytest.raises(UsageError, match="other settings, data or models"):
+        finetune(fresh(seed=9), TRAIN, VALIDATION, QUICK, folder=tmp_path)
     data = (tmp_path / CHECKPOINT).read_bytes()
     (tmp_path / CHECKPOINT).write_bytes(data[: len(data) // 2])
     with pytest.raises(StorageError, match="cannot be resumed"):

@@ -108,9 +108,9 @@ def tucker(
     say(f"written to {out}: {', '.join(('model.safetensors', *outcome.exports))}, whose logits differ by at most "
         f"{max(outcome.exports.values()):.0e} of the largest")  # fmt: skip
     if data:
-        word = shell_word(out)
+        word, trust = shell_word(out), f" --trust {quote(model)}" if teacher.about.source == model else ""
         stderr.print(
-            f"next: thresher vision attack {word} --data {quote(data)} --against {quote(model)}; "
+            f"next: thresher vision attack {word} --data {quote(data)} --against {quote(model)}{trust}; "
             f"thresher vision report {word}",
             style="dim",
         )

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from thresher.errors import StorageError, UsageError
 from thresher.vision.data import Images, augment
-from thresher.vision.layers import channels_last, unwrap_logits
+from thresher.vision.layers import channels_last, unwrap_logits, weights_digest
 from thresher.vision.losses import attack_for_training, find_objective, objective_loss
 
 CHECKPOINT, CURVE = "checkpoint.pt", "finetune.csv"
@@ -137,7 +137,12 @@ def finetune(
         student.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay, nesterov=True
     )
     steps = -(-len(data) // (settings.batch * accelerator.num_processes)) * settings.epochs
-    made_from = {"settings": asdict(settings), "data": data.digest()}
+    made_from = {
+        "settings": asdict(settings),
+        "data": data.digest(),
+        "start": weights_digest(student),
+        "teacher": weights_digest(teacher) if teacher is not None and objective.needs_teacher else "",
+    }
     curve = _resume(folder, student, optimizer, made_from)
     model, optimizer = accelerator.prepare(student, optimizer)
     if teacher is not None:
@@ -231,7 +236,9 @@ def _resume(folder: Path | None, student: nn.Module, optimizer: Any, made_from: 
     try:
         saved = torch.load(folder / CHECKPOINT, weights_only=True)
         if saved["made_from"] != made_from:
-            raise UsageError(f"{folder}: holds a run with other settings or data: choose another folder or remove it")
+            raise UsageError(
+                f"{folder}: holds a run with other settings, data or models: choose another folder or remove it"
+            )
         student.load_state_dict(saved["student"])
         optimizer.load_state_dict(saved["optimizer"])
         return [Epoch(*row) for row in saved["curve"]]

@@ -1,5 +1,6 @@
 """The convolutions of a model: where they are, what each costs, and which are left alone and why."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -100,6 +101,15 @@ class Survey:
     def open(self) -> list[Convolution]:
         """Those that may be decomposed."""
         return [c for c in self.convolutions if not c.left]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Names a model's weights, for a run that goes on to notice that they are others."""
+    hashed = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        hashed.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()[:16]
 
 
 def count_macs(model: nn.Module, example: torch.Tensor) -> int:

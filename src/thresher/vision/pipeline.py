@@ -14,7 +14,7 @@ from thresher.vision import finetune as tuning
 from thresher.vision.compress import compress, fold, latencies
 from thresher.vision.data import Splits
 from thresher.vision.decompose import LayerReport
-from thresher.vision.layers import count_macs, count_parameters
+from thresher.vision.layers import count_macs, count_parameters, weights_digest
 from thresher.vision.models import DESCRIPTION, Classifier, load_classifier, save_classifier
 
 DECOMPOSED, FINETUNED = "decomposed", "finetune"  # folders within the result's
@@ -109,8 +109,10 @@ def tucker(
         check_data(teacher, data)
     elif tune is not None:
         raise UsageError("to fine-tune, data is needed")
-    before = teacher.about.source
-    asked = json.loads(json.dumps({"settings": asdict(settings), "source": before}))
+    images = data.train.digest() if data else ""
+    asked = json.loads(
+        json.dumps({"settings": asdict(settings), "weights": weights_digest(teacher.module), "images": images})
+    )
     student, layers, reached = _decomposed(teacher, settings, folder / DECOMPOSED, data, asked, progress)
     accuracy = {}
     if data is not None:
