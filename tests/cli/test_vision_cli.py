@@ -124,7 +124,7 @@ def test_attack_and_report(smaller, teacher, data, tmp_path):
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (("--target-flops", 0.001), 2, "the least that can be reached is"),
+        (("--target-flops", 0.001), 2, "a target of 0.001 is out of reach: the least is 0."),
         (("--target-flops", 1.5), 2, "not between 0 and 1"),
         (("--target-flops", 0.5, "--target-latency", 0.5), 2, "give one target"),
         (("--ranks", "vbmf", "--target-flops", 0.5), 2, "take no target"),

@@ -175,7 +175,7 @@ def test_folding_a_decomposed_model():
     model = awake(make_net("resnet", 10, 1))
     found = survey(model, EXAMPLE)
     costs = counted_costs(found, "flops")
-    ranks = equal_ranks(found, costs, 0.5 * costs.whole)
+    ranks = equal_ranks(found, costs, 0.5)
     result, _ = decompose(model, found, all_bases(model, found), ranks)
     x = torch.rand(2, 1, 28, 28)
     with torch.no_grad():

@@ -31,7 +31,7 @@ from thresher.vision.ranks import (
 
 METHODS = ("sensitivity", "equal", "vbmf")
 CALIBRATION = 16, 256, 4e12  # images: at least, at most, and multiply-adds of trying ranks, about a minute
-MOST_ROUNDS, NEAR = 4, 0.01  # of a target of latency: tries, and how near is near enough
+MOST_TRIES, NEAR = 4, 0.01  # of a target of latency, and how near is near enough
 
 Progress = Callable[[int, int], None]
 
@@ -64,7 +64,7 @@ class Settings:
 @dataclass(frozen=True)
 class Compressed:
     """What came of it. shares: of the whole model's flops and parameters that are left; reached: of the target's cost,
-    as predicted for latency."""
+    latency as measured."""
 
     classifier: Classifier
     layers: list[LayerReport]
@@ -93,37 +93,57 @@ def compress(
             raise UsageError("to weight errors by inputs, images are needed")
         moments = channel_moments(module, surveyed, images)
     bases = all_bases(module, surveyed, moments)
-    costs = measured = None
+    reached = None
     if settings.by_hand:
         ranks = {n: (r[0], r[0] if _pointwise(surveyed, n) else r[1]) for n, r in settings.by_hand.items()}
     elif settings.method == "vbmf":
         ranks = vbmf_ranks(module, surveyed, settings.weakening, settings.multiple)
     else:
-        assert settings.target is not None
-        costs = find_costs(classifier, surveyed, settings.target)
-        options = None
-        if settings.method == "sensitivity":
-            options = layer_options(module, surveyed, bases, images, costs, settings.multiple, progress=progress)
-        share = settings.target.share
-        for _ in range(MOST_ROUNDS if settings.target.cost == "latency" else 1):
-            allowed = share * costs.whole
-            if options is None:
-                ranks = equal_ranks(surveyed, costs, allowed, settings.multiple)
-            else:
-                ranks = allocate(options, costs.fixed(surveyed), allowed)
-            if settings.target.cost == "latency":  # layers alone are not quite as fast as among others
-                measured = measured_share(classifier, surveyed, bases, ranks, settings.target)
-                if abs(measured - settings.target.share) <= NEAR:
-                    break
-                share *= settings.target.share / measured
+        ranks, reached = _meet(classifier, settings, surveyed, bases, images, progress)
     result, layers = decompose(module, surveyed, bases, ranks, settings.rounds)
     shares = {
         "flops": count_macs(result, example) / surveyed.macs,
         "parameters": count_parameters(result) / surveyed.parameters,
     }
-    about = replace(classifier.about, ranks=ranks)
-    reached = measured if measured is not None else target_cost(ranks, surveyed, costs) if costs else None
-    return Compressed(Classifier(result, about), layers, shares, reached)
+    return Compressed(Classifier(result, replace(classifier.about, ranks=ranks)), layers, shares, reached)
+
+
+def _meet(
+    classifier: Classifier,
+    settings: Settings,
+    surveyed: Survey,
+    bases: Mapping[str, Bases],
+    images: torch.Tensor | None,
+    progress: Progress,
+) -> tuple[dict[str, Pair], float]:
+    """Ranks that meet the target, and what they reach: of latency the nearest of a few tries, as layers alone are not
+    quite as fast as among others."""
+    target = settings.target
+    assert target is not None
+    costs = find_costs(classifier, surveyed, target)
+    options = None
+    if settings.method == "sensitivity":
+        options = layer_options(classifier.module, surveyed, bases, images, costs, settings.multiple, progress=progress)
+
+    def choose(share: float) -> dict[str, Pair]:
+        if options is None:
+            return equal_ranks(surveyed, costs, share, settings.multiple)
+        return allocate(options, costs.whole, share)
+
+    if target.cost != "latency":
+        ranks = choose(target.share)
+        return ranks, target_cost(ranks, surveyed, costs)
+    tried: list[tuple[float, float, dict[str, Pair]]] = []
+    share = target.share
+    while len(tried) < MOST_TRIES:
+        ranks = choose(share)
+        reached = measured_share(classifier, surveyed, bases, ranks, target)
+        tried.append((abs(reached - target.share), reached, ranks))
+        if tried[-1][0] <= NEAR:
+            break
+        share *= target.share / reached
+    _, reached, ranks = min(tried, key=lambda t: t[0])
+    return ranks, reached
 
 
 def measured_share(

@@ -224,16 +224,18 @@ def _between(known: list[tuple[float, float]], at: float) -> float:
     return known[-1][1]
 
 
-def allocate(options: Mapping[str, Sequence[Option]], fixed: float, allowed: float) -> dict[str, Pair]:
-    """Ranks of least summed harm whose cost, with `fixed`, is at most `allowed`; layers that stay as they are are left
-    out.
+def allocate(options: Mapping[str, Sequence[Option]], whole: float, share: float) -> dict[str, Pair]:
+    """Ranks of least summed harm that leave at most this share of the model's cost `whole`; layers that stay as they
+    are are left out.
 
     Steps down the convex hulls of the layers in order of harm per cost saved, which is optimal but for the last step;
     what that leaves over is then spent where it helps most. Raises UsageError with the least that can be reached.
     """
+    fixed = whole - sum(o.cost for layer in options.values() for o in layer if o.ranks is None)
+    allowed = share * whole
     least = fixed + sum(min(o.cost for o in layer) for layer in options.values())
     if least > allowed:
-        raise UsageError(f"the least that can be reached is {least / allowed:.2f} times the target")
+        raise _out_of_reach(least / whole, share)
     hulls = {name: _hull(layer) for name, layer in options.items()}
     at = dict.fromkeys(hulls, 0)
     total = fixed + sum(h[0].cost for h in hulls.values())
@@ -277,8 +279,14 @@ def _slope(a: Option, b: Option) -> float:
     return (b.harm - a.harm) / (a.cost - b.cost)
 
 
-def equal_ranks(surveyed: Survey, costs: Costs, allowed: float, multiple: int = 8) -> dict[str, Pair]:
-    """One ratio of ranks to channels for all layers, the largest whose cost is at most `allowed`. Raises UsageError."""
+def _out_of_reach(least: float, share: float) -> UsageError:
+    return UsageError(f"a target of {share:g} is out of reach: the least is {least:.3f} of the whole model's cost")
+
+
+def equal_ranks(surveyed: Survey, costs: Costs, share: float, multiple: int = 8) -> dict[str, Pair]:
+    """One ratio of ranks to channels for all layers, the largest that leaves at most this share of the whole cost.
+    Raises UsageError with the least that can be reached."""
+    allowed = share * costs.whole
     best: dict[str, Pair] | None = None
     least = math.inf
     for step in range(1, 101):
@@ -297,7 +305,7 @@ def equal_ranks(surveyed: Survey, costs: Costs, allowed: float, multiple: int = 
         if total <= allowed and chosen != best:
             best = chosen
     if best is None:
-        raise UsageError(f"the least that can be reached is {least / allowed:.2f} times the target")
+        raise _out_of_reach(least / costs.whole, share)
     return best
 
 
