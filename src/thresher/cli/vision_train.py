@@ -136,6 +136,8 @@ def train(
     classifier = new_classifier(net, images.train.classes, (shape[1], shape[2], shape[3]), seed)
     with Bars() as bars:
         history = run(classifier, images, settings, out, bars)
+    if not history:  # one of several processes, and not the first
+        return
     say(f"accuracy {100 * history['accuracy']['test']:.2f} % of {len(images.test):,} test images: {out}")
     word = shell_word(out)
     stderr.print(f"next: thresher vision tucker {word} --data {quote(data)} --distill --out smaller", style="dim")

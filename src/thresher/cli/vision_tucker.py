@@ -104,6 +104,8 @@ def tucker(
     images = read_data(data, teacher.about.shape[1], teacher.about.shape[0]) if data else None
     with Bars() as bars:
         outcome = run(teacher, settings, out, images, tune, fold, sizes, bars)
+    if not outcome.exports:  # one of several processes, and not the first
+        return
     _show(outcome)
     say(f"written to {out}: {', '.join(('model.safetensors', *outcome.exports))}, whose logits differ by at most "
         f"{max(outcome.exports.values()):.0e} of the largest")  # fmt: skip

@@ -30,7 +30,7 @@ from thresher.vision.ranks import (
 )
 
 METHODS = ("sensitivity", "equal", "vbmf")
-CALIBRATION = 16, 256, 4e12  # images: at least, at most, and multiply-adds of trying ranks, about a minute
+CALIBRATION = 16, 256, 1e12  # images: at least, at most, and multiply-adds of trying ranks, a minute or two
 MOST_TRIES, NEAR = 4, 0.01  # of a target of latency, and how near is near enough
 
 Progress = Callable[[int, int], None]

@@ -107,6 +107,14 @@ def captured(model: nn.Module, layers: list[str]) -> Iterator[list[torch.Tensor]
             handle.remove()
 
 
+def processes() -> Any:
+    """accelerate's view of the processes that a launcher started; without one there is one. Of CPUs it must be told, or
+    each would train alone."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def finetune(
     student: nn.Module,
     data: Images,
@@ -131,7 +139,8 @@ def finetune(
         raise UsageError(f"the loss {settings.objective} needs a teacher")
     if objective.needs_features and not layers:
         raise UsageError(f"the loss {settings.objective} compares layers, and none was decomposed")
-    accelerator = Accelerator()
+    processes()
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     channels_last(student)
     optimizer = torch.optim.SGD(
         student.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay, nesterov=True

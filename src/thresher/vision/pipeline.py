@@ -71,7 +71,8 @@ def train(
     folder: Path,
     progress: Progress = _silent,
 ) -> dict[str, Any]:
-    """Train a net from scratch, keep it in `folder`, and return what came of it. Raises UsageError, StorageError."""
+    """Train a net from scratch, keep it in `folder`, and return what came of it (of several processes only the first
+    has something to say). Raises UsageError, StorageError."""
     check_data(classifier, data)
     curve = tuning.finetune(
         classifier.module,
@@ -81,6 +82,8 @@ def train(
         folder=folder / FINETUNED,
         progress=lambda done, total: progress("training", done, total),
     )
+    if not tuning.processes().is_main_process:
+        return {}
     history = {
         "training": asdict(settings),
         "curve": [asdict(e) for e in curve],
@@ -103,7 +106,8 @@ def tucker(
     """Decompose `teacher`, fine-tune the result from it if told how (`tune`), and write it to `folder`.
 
     The decomposed model is kept in a folder of its own before it is tuned; a run that was stopped goes on. folded:
-    batch norms become part of the convolutions at the end. Raises UsageError, ModelError, StorageError.
+    batch norms become part of the convolutions at the end. Of several processes the first one measures and writes.
+    Raises UsageError, ModelError, StorageError.
     """
     if data is not None:
         check_data(teacher, data)
@@ -113,7 +117,9 @@ def tucker(
     asked = json.loads(
         json.dumps({"settings": asdict(settings), "weights": weights_digest(teacher.module), "images": images})
     )
-    student, layers, reached = _decomposed(teacher, settings, folder / DECOMPOSED, data, asked, progress)
+    processes = tuning.processes()
+    with processes.main_process_first():  # the others load what the first has written
+        student, layers, reached = _decomposed(teacher, settings, folder / DECOMPOSED, data, asked, progress)
     accuracy = {}
     if data is not None:
         accuracy["teacher"] = tuning.accuracy(teacher.module, data.test)
@@ -135,6 +141,8 @@ def tucker(
         "macs": (count_macs(teacher.module, teacher.example), count_macs(student.module, student.example)),
         "parameters": (count_parameters(teacher.module), count_parameters(student.module)),
     }
+    if not processes.is_main_process:
+        return Outcome(student, layers, asked["settings"], reached, costs, accuracy, curve, {}, {})
     timed = latencies(teacher, student, batches)
     seconds = {batch: (times["before"], times["after"]) for batch, times in timed.items()}
     result = fold(student) if folded else student
