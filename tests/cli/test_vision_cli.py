@@ -97,7 +97,7 @@ def test_attack_and_report(smaller, teacher, data, tmp_path):
     assert "Not attacked yet" in (tmp_path / "before.html").read_text()
     done = call(
         *("vision", "attack", out, "--data", data, "--against", teacher[0], "--attacks", "fgsm,pgd20,deepfool"),
-        *("--epsilons", "0,8/255,0.2", "--images", 30, "--threads", 1, "--json", "-"),
+        *("--epsilons", "0,8/255,0.2", "--images", 12, "--threads", 1, "--json", "-"),
     )
     assert done.returncode == 0, done.stderr
     attacked = json.loads(done.stdout)

@@ -1,9 +1,12 @@
 """Fine-tuning: what is learned, what an interruption changes (nothing), and what is refused."""
 
+import copy
+
 import pytest
 import torch
 
 from thresher.errors import StorageError, UsageError
+from thresher.vision import finetune as module
 from thresher.vision.data import Images
 from thresher.vision.decompose import all_bases, decompose
 from thresher.vision.finetune import CHECKPOINT, CURVE, Settings, accuracy, captured, finetune, predict
@@ -103,6 +106,26 @@ def test_another_seed_gives_another_result_and_the_same_the_same():
     assert not torch.equal(results[0], results[2])
 
 
+def test_every_epoch_has_an_order_of_its_own(monkeypatch):
+    orders = []
+    loader = module.DataLoader
+    monkeypatch.setattr(
+        module, "DataLoader", lambda d, b, sampler: orders.append(sampler) or loader(d, b, sampler=sampler)
+    )
+    finetune(fresh(), TRAIN, VALIDATION, QUICK)
+    assert [sorted(order) for order in orders] == [list(range(256))] * 2
+    assert orders[0] != orders[1]
+
+
+def test_another_teacher_begins_anew(tmp_path, teacher, student):
+    model, layers = student
+    settings = Settings("soft", epochs=1, batch=64)
+    start = copy.deepcopy(model)
+    finetune(model, TRAIN, VALIDATION, settings, teacher, layers, tmp_path)
+    with pytest.raises(UsageError, match="other settings, data or models"):
+        finetune(start, TRAIN, VALIDATION, settings, fresh(), layers, tmp_path)
+
+
 def test_checkpoints_that_are_not_ours(tmp_path):
     finetune(fresh(), TRAIN, VALIDATION, QUICK, folder=tmp_path)
     with pytest.raises(UsageError, match="other settings, data or models"):
@@ -142,6 +165,15 @@ def test_what_is_refused(teacher):
     for wrong in ({"lr": 0}, {"lr": float("nan")}, {"batch": 1}, {"epochs": 0}, {"objective": "x"}, {"epsilon": 2}):
         with pytest.raises(UsageError):
             Settings(**wrong)
+
+
+def test_predictions_leave_a_model_as_it_was():
+    model = fresh().train()
+    before = copy.deepcopy(model.state_dict())
+    evaluated = copy.deepcopy(model).eval()(VALIDATION.pixels.float() / 255)
+    assert torch.allclose(predict(model, VALIDATION, batch=50), evaluated, atol=1e-5)
+    assert model.training
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
 def test_hooks_are_gone_afterwards(teacher):

@@ -76,8 +76,8 @@ def test_where_it_hurts_least_is_better_than_everywhere_alike(net):
         given = log_probabilities(result, IMAGES)
         return float(nn.functional.kl_div(given, expected, reduction="batchmean", log_target=True))
 
-    options = layer_options(model, found, bases, IMAGES, costs)
     before = {n: p.clone() for n, p in model.state_dict().items()}
+    options = layer_options(model, found, bases, IMAGES, costs)
     chosen = allocate(options, costs.whole, 0.5)
     assert harm(chosen) < harm(equal_ranks(found, costs, 0.5))
     assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
