@@ -72,7 +72,7 @@ def test_tucker(smaller):
     assert found["accuracy"]["finetuned"] > 0.9
     assert found["seconds"]["1"][0] > 0
     assert {p.name for p in out.iterdir()} >= {"model.safetensors", "model.onnx", "model.pt2", "vision.json"}
-    assert "accuracy: teacher" in said
+    assert "accuracy: whole" in said
     assert any(layer["kind"] == "tucker" for layer in found["layers"])
 
 
@@ -105,7 +105,7 @@ def test_attack_and_report(smaller, teacher, data, tmp_path):
     clean = rows["clean", 0.0]["accuracy"]["mean"]
     assert rows["pgd20", 0.0]["accuracy"]["mean"] == clean
     assert rows["pgd20", 0.2]["accuracy"]["mean"] <= rows["pgd20", 0.031]["accuracy"]["mean"] <= clean
-    assert ("pgd20, made for the other", 0.2) in rows
+    assert ("pgd20 transfer", 0.2) in rows
     assert rows["pgd20", 0.2]["rival"] is not None
     assert len(attacked["checks"]) == 7
     assert len(attacked["distances"]) == 2

@@ -9,7 +9,16 @@ import torch
 from PIL import Image
 
 from thresher.errors import StorageError, UsageError
-from thresher.vision.data import FASHION_MNIST, Images, augment, fashion_mnist, image_folder, load_splits, read_idx
+from thresher.vision.data import (
+    FASHION_MNIST,
+    Images,
+    augment,
+    fashion_mnist,
+    image_folder,
+    images_of,
+    load_splits,
+    read_idx,
+)
 
 PIXELS = torch.randint(256, (6, 1, 5, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -123,6 +132,16 @@ def test_images_that_make_no_sense():
     ):
         with pytest.raises(UsageError):
             Images(pixels, numbers, names)
+
+
+def test_any_dataset():
+    values = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    images = images_of(torch.utils.data.TensorDataset(values, torch.arange(5)), tuple("abcde"))
+    assert (images.pixels / 255 - values).abs().max() <= 0.5 / 255 + 1e-6
+    assert images.labels.tolist() == [0, 1, 2, 3, 4]
+    for wrong in (values * 2, values - 0.5, (values * 255).byte(), values * torch.nan):
+        with pytest.raises(UsageError, match=r"floats in \[0, 1\]"):
+            images_of(torch.utils.data.TensorDataset(wrong, torch.arange(5)), tuple("abcde"))
 
 
 def test_a_digest_notices_what_changed():

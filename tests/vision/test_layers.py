@@ -77,6 +77,7 @@ def test_which_are_left_alone_and_why():
         "good": "",
     }
     assert [c.name for c in survey(Odd(), torch.rand(1, 3, 30, 30), first=True).open] == ["stem", "asked.0", "good"]
+    assert not survey(Odd(), torch.rand(1, 3, 30, 30), leave=("as*.0", "g??d")).open
 
 
 def test_a_subclass_that_computes_the_same_is_plain():

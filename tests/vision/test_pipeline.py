@@ -82,3 +82,11 @@ def test_the_same_folder_with_another_teacher_does_not_go_on_from_the_old_studen
     other = make(seed=1)
     with pytest.raises(UsageError, match="other settings, data or models"):
         tucker(other, HALF, tmp_path, data, BRIEF)
+
+
+def test_another_teacher(data, tmp_path):
+    apart = [tucker(make(), HALF, tmp_path / str(t), data, BRIEF, teacher=t and make(t)) for t in (None, 1)]
+    assert apart[0].curve[0].loss != apart[1].curve[0].loss
+    assert apart[0].accuracy["whole"] == apart[1].accuracy["whole"]
+    with pytest.raises(UsageError, match="a teacher takes the same images"):
+        tucker(make(), HALF, tmp_path / "x", data, BRIEF, teacher=new_classifier("resnet", CLASSES, (1, 16, 16)))

@@ -86,7 +86,7 @@ def _show(found: "Report", against: str | None) -> None:
     table = Table(
         title=f"robust accuracy of {found.images} images, %, 95 % interval", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
-    columns = ["attack", "epsilon", "model"] + ([str(against), "difference", "p"] if against else [])
+    columns = ["attack", "epsilon", "model"] + (["the other", "difference", "p"] if against else [])
     for name in columns:
         table.add_column(name, justify="left" if name == "attack" else "right", no_wrap=True)
     for row in found.rows:
@@ -103,7 +103,7 @@ def _show(found: "Report", against: str | None) -> None:
 
 
 def _percent(interval: Any, sign: str = "") -> str:
-    return f"{100 * interval.mean:{sign}.1f} ({100 * interval.low:{sign}.1f} to {100 * interval.high:{sign}.1f})"
+    return f"{100 * interval.mean:{sign}.1f} ({100 * interval.low:{sign}.0f} to {100 * interval.high:{sign}.0f})"
 
 
 def _numbers(values: dict[str, float]) -> str:

@@ -44,9 +44,15 @@ def tucker(
     ] = False,
     first: Annotated[bool, typer.Option("--first", help="Decompose the first layer, too.")] = False,
     leave: Annotated[
-        list[str] | None, typer.Option(help="A layer, or a part of the model, to leave alone.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            help="A layer, a part of the model, or a pattern as '*.shortcut.*', to leave alone.", show_default=False
+        ),
     ] = None,
     distill: Annotated[bool, typer.Option("--distill", help="Fine-tune on --data, with the model as teacher.")] = False,
+    teacher: Annotated[
+        str | None, typer.Option(help="Another teacher of the same classes. Default: the model.", show_default=False)
+    ] = None,
     loss: Annotated[
         str,
         typer.Option(
@@ -100,17 +106,18 @@ def tucker(
     if distill and data is None:
         raise UsageError("--distill needs --data")
     prepare(threads, out)
-    teacher = source.load(model)
-    images = read_data(data, teacher.about.shape[1], teacher.about.shape[0]) if data else None
+    whole = source.load(model)
+    tutor = source.load(teacher) if teacher else None
+    images = read_data(data, whole.about.shape[1], whole.about.shape[0]) if data else None
     with Bars() as bars:
-        outcome = run(teacher, settings, out, images, tune, fold, sizes, bars)
+        outcome = run(whole, settings, out, images, tune, tutor, fold, sizes, bars)
     if not outcome.exports:  # one of several processes, and not the first
         return
     _show(outcome)
     say(f"written to {out}: {', '.join(('model.safetensors', *outcome.exports))}, whose logits differ by at most "
         f"{max(outcome.exports.values()):.0e} of the largest")  # fmt: skip
     if data:
-        word, trust = shell_word(out), f" --trust {quote(model)}" if teacher.about.source == model else ""
+        word, trust = shell_word(out), f" --trust {quote(model)}" if whole.about.source == model else ""
         stderr.print(
             f"next: thresher vision attack {word} --data {quote(data)} --against {quote(model)}{trust}; "
             f"thresher vision report {word}",

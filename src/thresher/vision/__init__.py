@@ -5,7 +5,7 @@
 """
 
 from thresher.vision.compress import Settings as Compression
-from thresher.vision.data import Images, Splits, load_splits
+from thresher.vision.data import Images, Splits, images_of, load_splits
 from thresher.vision.finetune import Settings as Finetuning
 from thresher.vision.models import Classifier, load_classifier, save_classifier
 from thresher.vision.pipeline import tucker
@@ -21,6 +21,7 @@ __all__ = [
     "Splits",
     "Target",
     "attack",
+    "images_of",
     "load_classifier",
     "load_splits",
     "save_classifier",

@@ -52,6 +52,16 @@ class Images(Dataset[tuple[torch.Tensor, int]]):
         return hashed.hexdigest()[:16]
 
 
+def images_of(dataset: Dataset[tuple[torch.Tensor, int]], classes: tuple[str, ...]) -> Images:
+    """Any map-style dataset of ([C, H, W] float in [0, 1], label), read into memory. Raises UsageError."""
+    count = len(dataset)  # type: ignore[arg-type]
+    pairs = [dataset[i] for i in range(count)]
+    pixels = torch.stack([image for image, _ in pairs])
+    if not pixels.is_floating_point() or not (pixels.min() >= 0 and pixels.max() <= 1):
+        raise UsageError("images of a dataset are floats in [0, 1]: normalisation belongs into the model")
+    return Images((pixels * 255).round().byte(), torch.tensor([int(label) for _, label in pairs]), classes)
+
+
 @dataclass(frozen=True)
 class Splits:
     """What trains a model, what chooses among models, and what is only ever measured on."""

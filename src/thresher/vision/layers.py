@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -132,9 +133,9 @@ def count_parameters(model: nn.Module) -> int:
 def survey(model: nn.Module, example: torch.Tensor, first: bool = False, leave: tuple[str, ...] = ()) -> Survey:
     """Run `example` [1, C, H, W] and note every convolution.
 
-    Left alone: the first one and any with up to 3 inputs unless `first`; grouped ones; those whose name begins with one
-    of `leave`; those that share a weight, run more than once, or compute something else than Conv2d. Raises UsageError
-    for a model without convolutions, and for weights that are not finite.
+    Left alone: the first one and any with up to 3 inputs unless `first`; grouped ones; those that are, lie in, or match
+    (as `*.shortcut.*`) one of `leave`; those that share a weight, run more than once, or compute something else than
+    Conv2d. Raises UsageError for a model without convolutions, and for weights that are not finite.
     """
     modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     if not modules:
@@ -176,7 +177,7 @@ def survey(model: nn.Module, example: torch.Tensor, first: bool = False, leave: 
             left = "shares its weight"
         elif not first and (m.in_channels <= 3 or name == ran[0][0]):
             left = "the first layer"
-        elif any(name == part or name.startswith(part + ".") for part in leave):
+        elif any(name == part or name.startswith(part + ".") or fnmatch(name, part) for part in leave):
             left = "asked to be left"
         elif not _is_plain(m):
             left = f"{type(m).__name__} computes something of its own"

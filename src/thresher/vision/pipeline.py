@@ -28,7 +28,7 @@ def _silent(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `tucker` made. accuracy: of the test images, of `teacher`, `decomposed`, `finetuned`, as far as there are;
+    """What `tucker` made. accuracy: of the test images, of `whole`, `decomposed`, `finetuned`, as far as there are;
     costs, seconds: {what or batch: [before, after]}; exports: file and how far its logits are off, relative to the
     largest."""
 
@@ -94,35 +94,42 @@ def train(
 
 
 def tucker(
-    teacher: Classifier,
+    whole: Classifier,
     settings: compression.Settings,
     folder: Path,
     data: Splits | None = None,
     tune: tuning.Settings | None = None,
+    teacher: Classifier | None = None,
     folded: bool = True,
     batches: tuple[int, ...] = (1, 32),
     progress: Progress = _silent,
 ) -> Outcome:
-    """Decompose `teacher`, fine-tune the result from it if told how (`tune`), and write it to `folder`.
+    """Decompose `whole`, fine-tune the result from it, or from another `teacher`, if told how (`tune`), and write it to
+    `folder`.
 
     The decomposed model is kept in a folder of its own before it is tuned; a run that was stopped goes on. folded:
     batch norms become part of the convolutions at the end. Of several processes the first one measures and writes.
     Raises UsageError, ModelError, StorageError.
     """
     if data is not None:
-        check_data(teacher, data)
+        check_data(whole, data)
     elif tune is not None:
         raise UsageError("to fine-tune, data is needed")
+    if teacher is not None and (teacher.about.shape, len(teacher.about.classes)) != (
+        whole.about.shape,
+        len(whole.about.classes),
+    ):
+        raise UsageError("a teacher takes the same images and has the same classes as the model")
     images = data.train.digest() if data else ""
     asked = json.loads(
-        json.dumps({"settings": asdict(settings), "weights": weights_digest(teacher.module), "images": images})
+        json.dumps({"settings": asdict(settings), "weights": weights_digest(whole.module), "images": images})
     )
     processes = tuning.processes()
     with processes.main_process_first():  # the others load what the first has written
-        student, layers, reached = _decomposed(teacher, settings, folder / DECOMPOSED, data, asked, progress)
+        student, layers, reached = _decomposed(whole, settings, folder / DECOMPOSED, data, asked, progress)
     accuracy = {}
     if data is not None:
-        accuracy["teacher"] = tuning.accuracy(teacher.module, data.test)
+        accuracy["whole"] = tuning.accuracy(whole.module, data.test)
         accuracy["decomposed"] = tuning.accuracy(student.module, data.test)
     curve: list[tuning.Epoch] = []
     if tune is not None and data is not None:
@@ -131,19 +138,19 @@ def tucker(
             data.train,
             data.validation,
             tune,
-            teacher.module,
+            (teacher or whole).module,
             [r.name for r in layers if r.kind != "kept"],
             folder / FINETUNED,
             lambda done, total: progress("fine-tuning", done, total),
         )
         accuracy["finetuned"] = tuning.accuracy(student.module, data.test)
     costs = {
-        "macs": (count_macs(teacher.module, teacher.example), count_macs(student.module, student.example)),
-        "parameters": (count_parameters(teacher.module), count_parameters(student.module)),
+        "macs": (count_macs(whole.module, whole.example), count_macs(student.module, student.example)),
+        "parameters": (count_parameters(whole.module), count_parameters(student.module)),
     }
     if not processes.is_main_process:
         return Outcome(student, layers, asked["settings"], reached, costs, accuracy, curve, {}, {})
-    timed = latencies(teacher, student, batches)
+    timed = latencies(whole, student, batches)
     seconds = {batch: (times["before"], times["after"]) for batch, times in timed.items()}
     result = fold(student) if folded else student
     outcome = Outcome(result, layers, asked["settings"], reached, costs, accuracy, curve, seconds, {})
@@ -153,7 +160,7 @@ def tucker(
 
 
 def _decomposed(
-    teacher: Classifier,
+    whole: Classifier,
     settings: compression.Settings,
     folder: Path,
     data: Splits | None,
@@ -163,7 +170,7 @@ def _decomposed(
     """The decomposed model of an earlier run that asked for the same, or a new one."""
     if (folder / DESCRIPTION).is_file():
         try:
-            kept = load_classifier(str(folder), trusted=teacher.about.source)
+            kept = load_classifier(str(folder), trusted=whole.about.source)
             said = kept.about.history
             if said["asked"] == asked:
                 layers = [LayerReport(**{k: _pair(v) for k, v in r.items()}) for r in said["layers"]]
@@ -171,7 +178,7 @@ def _decomposed(
         except (ModelError, KeyError, TypeError):
             pass  # what is there is of no use
     made = compress(
-        teacher,
+        whole,
         settings,
         data.train if data else None,
         lambda done, total: progress("trying ranks", done, total),

@@ -85,7 +85,7 @@ def attack(
                 for a, b in ((rival, classifier), (classifier, rival))
             )
             row = _row(for_us, for_them)
-            rows.append(Row(f"{row.attack}, made for the other", *list(vars(row).values())[1:]))
+            rows.append(Row(f"{row.attack} transfer", *list(vars(row).values())[1:]))
     distances = [
         {"model": name, "attack": d.attack, "median": d.median, "attacked": d.attacked, "failed": d.failed}
         for name, found in (("the model", ours), ("the other", theirs))
