@@ -34,7 +34,7 @@ check: install  ## Format, lint, types, layers
 	$(BIN)/lint-imports
 
 test: check  ## Everything that must hold before a commit lands
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 demo: install  ## Read a long text, ask it questions, show the times
 	$(BIN)/python examples/demo.py

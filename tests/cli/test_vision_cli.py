@@ -61,7 +61,7 @@ def test_train(teacher):
     out, found, said = teacher
     assert found["accuracy"]["test"] > 0.9
     assert len(found["curve"]) == 6
-    assert f"next: thresher vision tucker {out}" in said
+    assert f"next:thresher vision tucker{out}".replace(" ", "") in "".join(said.split())  # however it is wrapped
 
 
 def test_tucker(smaller):

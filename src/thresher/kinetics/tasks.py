@@ -44,9 +44,10 @@ def generate(task: str, count: int, difficulty: int, seed: int = 0, ask: str = A
         raise UsageError(f"difficulty {difficulty}, {count} questions: give 1 to 10, and 1 to 100,000")
     rng = random.Random(f"{task} {difficulty} {seed}")
     made: dict[str, Problem] = {}
-    for _ in range(200 * count):
+    barren = 0  # draws since the last new one; of so many one more would have been among them
+    while barren < 50 * (len(made) + 20):
         problem = (_sum if task == "sums" else _countdown)(rng, difficulty, ask)
-        made.setdefault(problem.text, problem)
+        barren = 0 if made.setdefault(problem.text, problem) is problem else barren + 1
         if len(made) == count:
             return [Problem(f"{task}{difficulty}-{i}", p.text, p.gold, p.numbers) for i, p in enumerate(made.values())]
     raise UsageError(f"task {task} of difficulty {difficulty} has not {count} different questions")
