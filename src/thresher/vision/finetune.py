@@ -139,7 +139,6 @@ def finetune(
         raise UsageError(f"the loss {settings.objective} needs a teacher")
     if objective.needs_features and not layers:
         raise UsageError(f"the loss {settings.objective} compares layers, and none was decomposed")
-    processes()
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     channels_last(student)
     optimizer = torch.optim.SGD(
@@ -173,21 +172,7 @@ def finetune(
                 group["lr"] = settings.lr * _schedule(step, steps)
             images = augment(images.cpu(), settings.pad, generator).to(accelerator.device)
             images = images.contiguous(memory_format=torch.channels_last)
-            taught, attacked, theirs = None, None, list[torch.Tensor]()
-            if teacher is not None and objective.needs_teacher:
-                with torch.no_grad(), captured(teacher, compared) as theirs:
-                    taught = unwrap_logits(teacher(images))
-            if objective.soft_adversarial and taught is not None:
-                student.eval()  # an attack does not move the means of batch norm
-                moved = attack_for_training(
-                    objective, model, images, labels, taught, settings.epsilon, settings.attack_steps, generator
-                )
-                student.train()
-                attacked = unwrap_logits(model(moved))
-            with captured(student, compared) as ours:
-                logits = unwrap_logits(model(images))
-            features = (ours, theirs) if compared else None
-            loss = objective_loss(objective, logits, labels, taught, features, attacked)
+            loss = _loss(settings, model, student, teacher, compared, images, labels, generator)
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
                 kept = f"; epoch {epoch} is in {folder}" if folder and epoch else ""
@@ -203,6 +188,34 @@ def finetune(
             _keep(folder, student, optimizer, made_from, curve)
     student.eval()
     return curve
+
+
+def _loss(
+    settings: Settings,
+    model: nn.Module,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    compared: list[str],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Of one batch. model: the student as accelerate has wrapped it."""
+    objective = find_objective(settings.objective)
+    taught, attacked, theirs = None, None, list[torch.Tensor]()
+    if teacher is not None and objective.needs_teacher:
+        with torch.no_grad(), captured(teacher, compared) as theirs:
+            taught = unwrap_logits(teacher(images))
+    if objective.soft_adversarial and taught is not None:
+        student.eval()  # an attack does not move the means of batch norm
+        moved = attack_for_training(
+            objective, model, images, labels, taught, settings.epsilon, settings.attack_steps, generator
+        )
+        student.train()
+        attacked = unwrap_logits(model(moved))
+    with captured(student, compared) as ours:
+        logits = unwrap_logits(model(images))
+    return objective_loss(objective, logits, labels, taught, (ours, theirs) if compared else None, attacked)
 
 
 def _mixed(*parts: int) -> int:
