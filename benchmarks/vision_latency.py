@@ -33,7 +33,7 @@ def whole() -> Classifier:
 
 
 def error(made: Compressed) -> float:
-    open_layers = [r for r in made.layers if r.kind != "kept" or r.reason == "its rank is full"]
+    open_layers = [r for r in made.layers if r.kind != "kept" or r.reason == "whole is best"]
     return sum(r.error**2 for r in open_layers) / len(open_layers)
 
 

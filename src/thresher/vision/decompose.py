@@ -135,7 +135,7 @@ def decompose(
     for c in surveyed.convolutions:
         macs, parameters = c.macs, c.parameters
         if c.name not in ranks:
-            reason = c.left or "its rank is full"
+            reason = c.left or "whole is best"
             reports.append(
                 LayerReport(c.name, "kept", reason, (c.outputs, c.inputs), (0, 0), 0.0, (macs, macs), (parameters,) * 2)
             )

@@ -134,7 +134,7 @@ def _checks(found: Folder) -> str:
     for c in found.attacks["checks"]:
         numbers = ", ".join(f"{name} {value:.3f}" for name, value in c["numbers"].items())
         rows.append(["passed" if c["passed"] else "FAILED", c["name"], c["rule"], numbers])
-    return "<h2>Are gradients masked?</h2>" + _table(("", "check", "rule", "numbers"), rows)
+    return "<h2>Are gradients masked?</h2>" + _table(("", "check", "rule", "numbers"), rows, "words")
 
 
 def _layers(found: Folder) -> list[list[str]]:
@@ -152,10 +152,10 @@ def _interval(value: dict[str, float], sign: str = "") -> str:
     return f"{100 * value['mean']:{sign}.1f} ({100 * value['low']:{sign}.1f} to {100 * value['high']:{sign}.1f})"
 
 
-def _table(head: tuple[str, ...], rows: list[list[str]]) -> str:
+def _table(head: tuple[str, ...], rows: list[list[str]], kind: str = "numbers") -> str:
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
 
 
 def _csv(found: Folder) -> str:
