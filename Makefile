@@ -47,7 +47,7 @@ FASHION := /usr/share/datasets/fashion-mnist
 vision-data:  ## Fashion-MNIST, from Debian
 	@test -d $(FASHION) || $(if $(filter 0,$(shell id -u)),,sudo) apt-get install -y dataset-fashion-mnist
 
-vision: install vision-data  ## Train a CNN, halve its FLOPs, attack both, write a report (about 15 minutes)
+vision: install vision-data  ## Train a CNN, halve its FLOPs, attack both, write a report
 	$(BIN)/thresher vision train resnet --data fashion-mnist --out build/teacher --epochs 6
 	$(BIN)/thresher vision tucker build/teacher --data fashion-mnist --target-flops 0.5 --distill --out build/smaller
 	$(BIN)/thresher vision attack build/smaller --data fashion-mnist --against build/teacher

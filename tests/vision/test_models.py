@@ -1,6 +1,9 @@
 """Classifiers by folder, by transformers and by code; what they are saved as; and what is refused."""
 
 import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -167,6 +170,26 @@ def test_by_code(tmp_path, monkeypatch):
     for path, said in (("nothing:x", "cannot be imported"), (f"{__name__}:NOT_A_MODEL", "neither a torch module")):
         with pytest.raises(ModelError, match=said):
             load_classifier(path)
+
+
+def test_timm_where_it_does_not_import(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ModelError, match="timm does not import here"):
+        load_classifier("timm:resnet18")
+
+
+def test_timm_where_it_does(monkeypatch):
+    made = []
+
+    def create_model(name, pretrained):
+        made.append((name, pretrained))
+        return make_code()
+
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model))
+    assert load_classifier("timm:some", size=28).about.source == "timm:some"
+    assert made == [("some", True)]
+    with pytest.raises(UsageError, match="--weights goes with"):
+        load_classifier("somewhere", Path("x.pth"))
 
 
 class Payload:
