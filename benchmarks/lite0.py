@@ -8,6 +8,7 @@ best class stays, and KL(whole || decomposed). Nothing is fine-tuned: there are 
 Also a model for the commands: `thresher vision tucker benchmarks.lite0:make ...` (run in the project's folder).
 """
 
+import argparse
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,13 +75,16 @@ def crops(names: tuple[str, ...], seed: int) -> torch.Tensor:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shares", type=lambda s: [float(x) for x in s.split(",")], default=[0.95, 0.9, 0.8, 0.7])
+    shares = parser.parse_args().shares
     whole = load_classifier("benchmarks.lite0:make")
     pixels = crops(CALIBRATED, 0)
     calibration = Images(pixels, torch.zeros(len(pixels), dtype=torch.long), whole.about.classes)
     images = crops(COMPARED, 1).float() / 255
     expected = log_probabilities(whole.module, images)
     for weighted in (False, True):
-        for share in (0.95, 0.9, 0.8, 0.7):
+        for share in shares:
             made = compress(whole, Compression(Target(share), weighted=weighted), calibration)
             given = log_probabilities(made.classifier.module, images)
             same = (given.argmax(1) == expected.argmax(1)).double().mean()

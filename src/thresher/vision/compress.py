@@ -89,9 +89,9 @@ def compress(
     images = None if calibration is None else _spread(calibration, _affordable(surveyed))
     moments = None
     if settings.weighted:
-        if images is None:
+        if calibration is None:
             raise UsageError("to weight errors by inputs, images are needed")
-        moments = channel_moments(module, surveyed, images)
+        moments = channel_moments(module, surveyed, _spread(calibration, CALIBRATION[1]))
     bases = all_bases(module, surveyed, moments)
     reached = None
     if settings.by_hand:

@@ -14,6 +14,8 @@ import torch
 
 from thresher.errors import UsageError
 
+SHRINKAGE = 0.1  # of moments towards inputs that are alike in all directions
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -75,9 +77,8 @@ def _principal(unfolded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _roots(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values, vectors = torch.linalg.eigh((moments + moments.T) / 2)
-    roots = values.clamp(
-        min=float(values.max().clamp(min=1e-30)) * 1e-6
-    ).sqrt()  # channels that are never used count a little
+    # Directions that the calibration images hardly use count a little: other images use them.
+    roots = (values.clamp(min=0) + SHRINKAGE * values.clamp(min=0).mean() + 1e-30).sqrt()
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
 
 
