@@ -9,6 +9,9 @@ import torch
 from command_line import call, fails
 from PIL import Image
 
+from thresher.cli.vision_train import Source
+from thresher.errors import UsageError
+
 SMALL = ("--threads", 1, "--batch", 32)
 
 
@@ -185,6 +188,13 @@ def test_attack_and_report_say_what_is_wrong(teacher, data, tmp_path):
     fails(3, "holds no result of `thresher vision tucker`", "vision", "report", teacher[0])
     fails(2, "ends with .html", "vision", "report", teacher[0], "--out", tmp_path / "x.pdf")
     fails(2, "unknown net magic", "vision", "train", "magic", "--data", data, "--out", tmp_path / "out")
+
+
+def test_weights_belong_to_the_model_and_not_to_another_one_beside_it(teacher, tmp_path):
+    source = Source(weights=tmp_path / "state.pth")
+    assert source.load(str(teacher[0]), other=True).about.shape == (3, 16, 16)
+    with pytest.raises(UsageError, match="a folder has its own"):
+        source.load(str(teacher[0]))
 
 
 def test_code_that_a_folder_names_is_not_run(teacher, tmp_path):

@@ -54,7 +54,7 @@ def attack(
 
     prepare(threads, None)
     classifier = source.load(model)
-    rival = source.load(against) if against else None
+    rival = source.load(against, other=True) if against else None
     test = read_data(data, classifier.about.shape[1], classifier.about.shape[0]).test
     if len(test.classes) != len(classifier.about.classes):
         raise UsageError(f"the model has {len(classifier.about.classes)} classes, and the data {len(test.classes)}")

@@ -37,12 +37,12 @@ class Source:
     ] = None
     trust: Annotated[str | None, typer.Option(help="A MODULE:FUNCTION that a folder of this project may run.")] = None
 
-    def load(self, model: str) -> "Classifier":
-        """Raises ModelError."""
+    def load(self, model: str, other: bool = False) -> "Classifier":
+        """The model, or an `other` one beside it, which --weights does not belong to. Raises ModelError."""
         from thresher.vision.models import load_classifier
 
         with stderr.status("loading the model"):
-            return load_classifier(model, self.weights, self.size, self.trust)
+            return load_classifier(model, None if other else self.weights, self.size, self.trust)
 
 
 Model = Annotated[

@@ -107,7 +107,7 @@ def tucker(
         raise UsageError("--distill needs --data")
     prepare(threads, out)
     whole = source.load(model)
-    tutor = source.load(teacher) if teacher else None
+    tutor = source.load(teacher, other=True) if teacher else None
     images = read_data(data, whole.about.shape[1], whole.about.shape[0]) if data else None
     with Bars() as bars:
         outcome = run(whole, settings, out, images, tune, tutor, fold, sizes, bars)

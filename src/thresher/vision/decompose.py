@@ -11,14 +11,8 @@ from thresher.errors import UsageError
 from thresher.vision.factors import Bases, Factors, find_bases, svd, tucker2
 from thresher.vision.layers import Convolution, Survey, replace_module
 
-_ASKED = (
-    "in_channels",
-    "out_channels",
-    "kernel_size",
-    "stride",
-    "padding",
-    "dilation",
-)  # by models that pad by themselves
+# What models that pad by themselves ask of a convolution.
+_ASKED = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
 
 Ranks = Mapping[str, tuple[int, int]]  # layer: outer, inner; of 1x1 layers both are the rank
 

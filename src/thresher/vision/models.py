@@ -91,14 +91,14 @@ def load_classifier(
     UsageError.
     """
     folder = Path(name)
+    if weights is not None and (folder.exists() or ":" not in name):
+        raise UsageError("--weights goes with timm:NAME or MODULE:FUNCTION: a folder has its own")
     if (folder / DESCRIPTION).is_file():
         return _load_own(folder, trusted)
     if name.startswith("timm:"):
         return _from_code(name, lambda: _timm(name[5:], pretrained=weights is None), weights, size)
     if ":" in name and not folder.exists():
         return _from_code(name, lambda: _factory(name), weights, size)
-    if weights is not None:
-        raise UsageError("--weights goes with timm:NAME or MODULE:FUNCTION: a folder has its own")
     return _from_transformers(name, size)
 
 

@@ -28,13 +28,13 @@ def _silent(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `tucker` made. accuracy: of the test images, of `whole`, `decomposed`, `finetuned`, as far as there are;
-    costs, seconds: {what or batch: [before, after]}; exports: file and how far its logits are off, relative to the
-    largest."""
+    """What `tucker` made. settings: of the decomposition; accuracy: of the test images, of `whole`, `decomposed`,
+    `finetuned`, as far as there are; costs, seconds: {what or batch: [before, after]}; exports: file and how far its
+    logits are off, relative to the largest."""
 
     classifier: Classifier
     layers: list[LayerReport]
-    target: dict[str, Any]
+    settings: dict[str, Any]
     reached: float | None
     costs: dict[str, tuple[int, int]]
     accuracy: dict[str, float]

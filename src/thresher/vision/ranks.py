@@ -109,12 +109,9 @@ def align(rank: float, channels: int, multiple: int) -> int:
     return min(channels, max(multiple, round(rank / multiple) * multiple))
 
 
-def candidates(c: Convolution, bases: Bases, multiple: int, cheaper: bool = True) -> list[Pair]:
-    """Aligned ranks of a layer worth considering: none is both cheaper in FLOPs and nearer in weight; the cheapest
-    first.
-
-    cheaper: only what costs less than the layer as it is.
-    """
+def candidates(c: Convolution, bases: Bases, multiple: int) -> list[Pair]:
+    """Aligned ranks of a layer worth considering: cheaper in FLOPs than the layer as it is, and none both cheaper than
+    another and nearer in weight; the cheapest first."""
 
     def steps(channels: int) -> list[int]:
         return sorted({align(r, channels, multiple) for r in range(1, channels + 1)})
@@ -127,8 +124,7 @@ def candidates(c: Convolution, bases: Bases, multiple: int, cheaper: bool = True
         outer = torch.cat([bases.outer_energy.flip(0).cumsum(0).flip(0), torch.zeros(1)]).tolist()
         inner = torch.cat([bases.inner_energy.flip(0).cumsum(0).flip(0), torch.zeros(1)]).tolist()
         lost = {(o, i): outer[o] + inner[i] for o, i in pairs}
-    if cheaper:
-        pairs = [p for p in pairs if c.macs_at(*p) < c.macs]
+    pairs = [p for p in pairs if c.macs_at(*p) < c.macs]
     front: list[Pair] = []
     for pair in sorted(pairs, key=lambda p: (c.macs_at(*p), lost[p])):
         if not front or lost[pair] < lost[front[-1]]:

@@ -84,7 +84,7 @@ def _render(found: Folder, picture: Path) -> tuple[str, str]:
 
 
 def _about(found: Folder) -> str:
-    settings, tuned = found.made["target"], found.tuned
+    settings, tuned = found.made["settings"], found.tuned
     target = settings["target"]
     how = f"target {target['share']:g} of {target['cost']}, ranks by {settings['method']}" if target else "ranks given"
     if tuned:
