@@ -279,20 +279,20 @@ def save_classifier(classifier: Classifier, folder: Path, export: bool = False) 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         state = {n: t.detach().cpu().contiguous().clone() for n, t in classifier.module.state_dict().items()}
-        _replaced(folder / WEIGHTS, lambda part: save_file(state, part))
+        replaced(folder / WEIGHTS, lambda part: save_file(state, part))
         said = json.dumps({"format": _FORMAT, **asdict(classifier.about)}, indent=1)
-        _replaced(folder / DESCRIPTION, lambda part: part.write_text(said))
+        replaced(folder / DESCRIPTION, lambda part: part.write_text(said))
         if not export:
             return {}
         apart = {}
         for file, write in ((ONNX, export_onnx), (EXPORTED, export_torch)):
-            apart[file] = _replaced(folder / file, partial(write, classifier))
+            apart[file] = replaced(folder / file, partial(write, classifier))
         return apart
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error.strerror}") from error
 
 
-def _replaced(path: Path, write: Callable[[Path], Any]) -> Any:
+def replaced(path: Path, write: Callable[[Path], Any]) -> Any:
     """Write a file under another name and give it its own once it is whole; returns what `write` does."""
     part = path.with_name(f".part-{path.name}")
     try:

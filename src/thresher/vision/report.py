@@ -4,8 +4,8 @@ import base64
 import csv
 import io
 import json
-import os
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 from thresher.errors import ModelError, StorageError
 from thresher.evaluation.plots import load_pyplot, save_figure
-from thresher.vision.models import DESCRIPTION
+from thresher.vision.models import DESCRIPTION, replaced
 from thresher.vision.robustness import KEPT
 
 
@@ -52,12 +52,14 @@ def write_report(folder: Path, page: Path) -> Folder:
     text, table = _render(found, page.with_suffix(".png"))
     try:
         for path, content in ((page, text), (page.with_suffix(".csv"), table)):
-            part = path.with_name(f".part-{path.name}")
-            part.write_text(content, encoding="utf-8")
-            os.replace(part, path)
+            replaced(path, partial(_write, content))
     except OSError as error:
         raise StorageError(f"{page}: cannot be written: {error.strerror}") from error
     return found
+
+
+def _write(content: str, part: Path) -> None:
+    part.write_text(content, encoding="utf-8")
 
 
 def _render(found: Folder, picture: Path) -> tuple[str, str]:

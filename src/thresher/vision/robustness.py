@@ -1,7 +1,6 @@
 """A classifier under attack beside another one, as a report that is kept: rows, distances, transfer and checks."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from thresher.errors import StorageError
 from thresher.evaluation.statistics import Interval
 from thresher.vision.attacks import Outcome, Robustness, compare, evaluate, masking_checks, parse_attacks, transfer
 from thresher.vision.data import Images
-from thresher.vision.models import DESCRIPTION, Classifier
+from thresher.vision.models import DESCRIPTION, Classifier, replaced
 
 KEPT = "robustness.json"
 
@@ -118,10 +117,9 @@ def keep(report: Report, folder: Path) -> Path | None:
     """Write the report into a folder of this project; of anything else nothing is written. Raises StorageError."""
     if not (folder / DESCRIPTION).is_file():
         return None
-    path, part = folder / KEPT, folder / f".part-{KEPT}"
+    path = folder / KEPT
     try:
-        part.write_text(json.dumps(report.summary(), indent=1))
-        os.replace(part, path)
+        replaced(path, lambda part: part.write_text(json.dumps(report.summary(), indent=1)))
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
     return path
