@@ -43,42 +43,91 @@ inline void write_panel(const Linear& args, int64_t at, int columns, const float
     for (int j = 0; j < columns; ++j) E::put(y + j, add ? c[j] + E::get(add + j) : c[j]);
 }
 
+// Tiles of about as many rows each: those of a few would wait for their chains.
+inline int next_rows(int64_t left) {
+  const int64_t tiles_left = (left + tile_rows - 1) / tile_rows;
+  return int((left + tiles_left - 1) / tiles_left);
+}
+
+// A panel as F32 has it.
+template <class E>
+inline void widen_panel(const typename E::Weight* w, int64_t steps, float* out) {
+  for (int64_t s = 0; s < steps; ++s, w += panel * E::pack)
+    for (int part = 0; part < E::parts; ++part)
+      for (int j = 0; j < panel; j += W, out += W) store(out, E::load_b(w + j * E::pack, part));
+}
+template <class E>
+inline void widen_row(const typename E::Value* x, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store(out + i, E::get_vector(x + i));
+  for (; i < count; ++i) out[i] = E::get(x + i);
+}
+
+// From how many rows on a panel is worth being widened for all of them; measured (docs/results.md).
+template <class E>
+constexpr int widened_rows = (sizeof(typename E::Weight) == 1 ? 1 : 4) * tile_rows + 1;
+
+// c[rows, panels * 32] = x[rows, in] @ panels, with rows of c 64 apart. Where packs are multiplied in parts and several tiles pass
+// the panels, these are widened once for all tiles, some columns at a time: that changes no sum, as F32 adds in the same order.
+template <class E>
+void panel_product(const Linear& args, const typename E::Value* x, int rows, const typename E::Weight* w, int panels, float* c) {
+  const int64_t steps = args.in / E::pack, panel_size = steps * panel * E::pack;
+  constexpr int64_t stride = 2 * panel;
+  if constexpr (E::parts > 1) {
+    if (rows >= widened_rows<E>) {
+      constexpr int64_t block = 256;  // 64 KiB of widened panels stay in the second cache
+      alignas(64) float wide[2 * block * panel], row_block[tile_rows * block];
+      for (int64_t column = 0; column < args.in; column += block) {
+        const int64_t count = args.in - column < block ? args.in - column : block;
+        const typename E::Weight* from = w + column * panel;
+        for (int i = 0; i < panels; ++i) widen_panel<E>(from + i * panel_size, count / E::pack, wide + i * count * panel);
+        for (int row = 0, n; row < rows; row += n) {
+          n = next_rows(rows - row);
+          for (int r = 0; r < n; ++r) widen_row<E>(x + (row + r) * args.x_stride + column, count, row_block + r * block);
+          tiles<F32>(n, row_block, block, wide, count * panel, panels, count, c + row * stride, stride, column > 0,
+                     from + count * panel);
+        }
+      }
+      return;
+    }
+  }
+  for (int row = 0, n; row < rows; row += n) {
+    n = next_rows(rows - row);
+    tiles<E>(n, x + row * args.x_stride, args.x_stride, w, panel_size, panels, steps, c + row * stride, stride);
+  }
+}
+
 // Panels are computed in pairs: a gate with what it gates, or two neighbours.
 template <class E>
 void linear_panels(const Linear& args, int64_t panel_begin, int64_t panel_end) {
   typedef typename E::Value Value;
   const bool gated = args.activation != Activation::none;
-  const int64_t steps = args.in / E::pack, panel_size = steps * panel * E::pack;
-  const int64_t row_chunk = 20 * tile_rows;  // x of one chunk stays in the cache while the panels pass
+  const int64_t panel_size = args.in * panel;
+  constexpr int64_t row_chunk = 20 * tile_rows;  // x of one chunk stays in the cache while the panels pass
   constexpr int64_t stride = 2 * panel;
-  alignas(64) float c[tile_rows * stride];
+  alignas(64) float c[row_chunk * stride];
   for (int64_t chunk = 0; chunk < args.rows; chunk += row_chunk) {
-    const int64_t chunk_end = chunk + row_chunk < args.rows ? chunk + row_chunk : args.rows;
+    const int rows = int(args.rows - chunk < row_chunk ? args.rows - chunk : row_chunk);
     for (int64_t p = panel_begin; p < panel_end; p += gated ? 1 : 2) {
       const int64_t packed = gated ? 2 * p : p;
       const int panels = gated || p + 1 < panel_end ? 2 : 1, written = gated ? 1 : panels;
-      const typename E::Weight* w = (const typename E::Weight*)args.w + packed * panel_size;
-      for (int64_t row = chunk; row < chunk_end;) {
-        const int64_t left = chunk_end - row, tiles_left = (left + tile_rows - 1) / tile_rows;
-        const int rows = int((left + tiles_left - 1) / tiles_left);  // tiles of a few rows wait for their chains
-        tiles<E>(rows, (const Value*)args.x + row * args.x_stride, args.x_stride, w, panel_size, panels, steps, c, stride);
-        for (int i = 0; i < panels; ++i) finish_panel(args, (packed + i) * panel, rows, c + i * panel, stride);
-        if (gated)
-          for (int r = 0; r < rows; ++r)
-            for (float* x = c + r * stride; x < c + r * stride + panel; x += W)
-              store(x, activate(args.activation, load<vf>(x)) * load<vf>(x + panel));
-        for (int i = 0; i < written; ++i) {
-          const int64_t first = (p + i) * panel;
-          const int columns = int(args.out - first < panel ? args.out - first : panel);
-          for (int r = 0; r < rows; ++r) {
-            const int64_t at = (row + r) * args.y_stride + first;
-            if (args.y_f32)
-              write_panel<F32>(args, at, columns, c + r * stride + i * panel);
-            else
-              write_panel<BF16>(args, at, columns, c + r * stride + i * panel);
-          }
+      panel_product<E>(args, (const Value*)args.x + chunk * args.x_stride, rows,
+                       (const typename E::Weight*)args.w + packed * panel_size, panels, c);
+      for (int i = 0; i < panels; ++i) finish_panel(args, (packed + i) * panel, rows, c + i * panel, stride);
+      if (gated)
+        for (int r = 0; r < rows; ++r)
+          for (float* y = c + r * stride; y < c + r * stride + panel; y += W)
+            store(y, activate(args.activation, load<vf>(y)) * load<vf>(y + panel));
+      for (int i = 0; i < written; ++i) {
+        const int64_t first = (p + i) * panel;
+        const int columns = int(args.out - first < panel ? args.out - first : panel);
+        for (int r = 0; r < rows; ++r) {
+          const int64_t at = (chunk + r) * args.y_stride + first;
+          if (args.y_f32)
+            write_panel<F32>(args, at, columns, c + r * stride + i * panel);
+          else
+            write_panel<BF16>(args, at, columns, c + r * stride + i * panel);
         }
-        row += rows;
       }
     }
   }

@@ -46,10 +46,11 @@ def test_gated(isa, dtype, activation, out):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_a_row_is_the_same_bits_in_any_batch(isa, dtype):
+@pytest.mark.parametrize("width", [128, 1030])  # panels of integers are widened 512 columns at a time
+def test_a_row_is_the_same_bits_in_any_batch(isa, dtype, width):
     torch.manual_seed(0)
-    packed = pack_linear([torch.randn(70, 128)], dtype)
-    x = torch.randn(40, 128).to(torch.float32 if dtype == torch.float32 else torch.bfloat16)
+    packed = pack_linear([torch.randn(70, width)], dtype)
+    x = torch.randn(40, width).to(torch.float32 if dtype == torch.float32 else torch.bfloat16)
     whole = packed(x)
     for rows in [1, 3, 12, 17]:
         assert torch.equal(torch.cat([packed(c) for c in x.split(rows)]), whole)
