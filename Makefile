@@ -45,10 +45,10 @@ mosaic: install  ## Train a small Memory Mosaic on Shakespeare's plays (about 10
 	$(BIN)/thresher generate --model build/mosaic --raw "ROMEO. " --max-new-tokens 200 --temperature 0.7 --seed 1
 
 FASHION := /usr/share/datasets/fashion-mnist
-WORDNET := /usr/share/wordnet/index.sense
+WORDNET := /usr/share/wordnet/data.noun
 vision-data: install  ## Fashion-MNIST and WordNet, from Debian; silhouettes of animals come with the environment
 	@test -d $(FASHION) -a -f $(WORDNET) || $(if $(filter 0,$(shell id -u)),,sudo) apt-get install -y \
-	  dataset-fashion-mnist wordnet-base wordnet-sense-index
+	  dataset-fashion-mnist wordnet-base
 
 vision: install vision-data  ## Train a CNN, halve its FLOPs, attack both, write a report
 	$(BIN)/thresher vision train resnet --data fashion-mnist --out build/teacher --epochs 6

@@ -18,6 +18,7 @@ from thresher.errors import StorageError, UsageError
 from thresher.vision.data import Images, augment
 from thresher.vision.layers import channels_last, unwrap_logits, weights_digest
 from thresher.vision.losses import attack_for_training, find_objective, objective_loss
+from thresher.vision.taxonomy import Taxonomy
 
 CHECKPOINT, CURVE = "checkpoint.pt", "finetune.csv"
 
@@ -107,6 +108,20 @@ def captured(model: nn.Module, layers: list[str]) -> Iterator[list[torch.Tensor]
             handle.remove()
 
 
+@contextmanager
+def read_by(model: nn.Module, layer: str | None) -> Iterator[list[torch.Tensor]]:
+    """What a layer reads, at each forward within; nothing without a layer."""
+    read: list[torch.Tensor] = []
+    if layer is None:
+        yield read
+        return
+    handle = model.get_submodule(layer).register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    try:
+        yield read
+    finally:
+        handle.remove()
+
+
 def processes() -> Any:
     """accelerate's view of the processes that a launcher started; without one there is one. Of CPUs it must be told, or
     each would train alone."""
@@ -124,10 +139,12 @@ def finetune(
     layers: list[str] | None = None,
     folder: Path | None = None,
     progress: Progress = lambda done, total: None,
+    taxonomy: Taxonomy | None = None,
 ) -> list[Epoch]:
     """Train `student` in place and return its curve.
 
-    layers: names of modules of both nets whose outputs are compared by the objectives that compare features. With a
+    layers: names of modules of both nets whose outputs are compared by the objectives that compare features. taxonomy:
+    adds to the objective how classes are related. With a
     folder it is kept after each epoch (CHECKPOINT, CURVE), and a run that was stopped goes on there: on CPU with the
     bits of one that was not. Raises UsageError, StorageError; a loss that is no number stops it after the last good
     epoch.
@@ -150,6 +167,7 @@ def finetune(
         "data": data.digest(),
         "start": weights_digest(student),
         "teacher": weights_digest(teacher) if teacher is not None and objective.needs_teacher else "",
+        "taxonomy": taxonomy.name if taxonomy else "",
     }
     curve = _resume(folder, student, optimizer, made_from)
     model, optimizer = accelerator.prepare(student, optimizer)
@@ -172,7 +190,7 @@ def finetune(
                 group["lr"] = settings.lr * _schedule(step, steps)
             images = augment(images.cpu(), settings.pad, generator).to(accelerator.device)
             images = images.contiguous(memory_format=torch.channels_last)
-            loss = _loss(settings, model, student, teacher, compared, images, labels, generator)
+            loss = _loss(settings, model, student, teacher, compared, images, labels, generator, taxonomy)
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
                 kept = f"; epoch {epoch} is in {folder}" if folder and epoch else ""
@@ -199,6 +217,7 @@ def _loss(
     images: torch.Tensor,
     labels: torch.Tensor,
     generator: torch.Generator,
+    taxonomy: Taxonomy | None,
 ) -> torch.Tensor:
     """Of one batch. model: the student as accelerate has wrapped it."""
     objective = find_objective(settings.objective)
@@ -213,9 +232,10 @@ def _loss(
         )
         student.train()
         attacked = unwrap_logits(model(moved))
-    with captured(student, compared) as ours:
+    with captured(student, compared) as ours, read_by(student, taxonomy.head if taxonomy else None) as read:
         logits = unwrap_logits(model(images))
-    return objective_loss(objective, logits, labels, taught, (ours, theirs) if compared else None, attacked)
+    loss = objective_loss(objective, logits, labels, taught, (ours, theirs) if compared else None, attacked)
+    return loss + taxonomy.loss(logits, labels, read[-1]) if taxonomy else loss
 
 
 def _mixed(*parts: int) -> int:

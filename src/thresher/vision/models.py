@@ -20,6 +20,7 @@ from thresher.errors import ModelError, StorageError, UsageError
 from thresher.vision.decompose import shape_layers
 from thresher.vision.layers import contiguous, shape_folded, unwrap_logits
 from thresher.vision.nets import NETS, make_net
+from thresher.vision.prune import shape_pruned
 
 DESCRIPTION, WEIGHTS, ONNX, EXPORTED = "vision.json", "model.safetensors", "model.onnx", "model.pt2"
 _FORMAT = 1
@@ -47,7 +48,8 @@ class Description:
     """What a folder says of its model, beside the weights.
 
     source: net:NAME, transformers, timm:NAME or MODULE:FUNCTION; config: of transformers; classes: names in order;
-    shape: channels, height, width of an image in [0, 1]; mean, std: applied inside; ranks: of decomposed layers;
+    shape: channels, height, width of an image in [0, 1]; mean, std: applied inside; pruned: channels left in each group
+    of a sub-network (prune.py); ranks: of decomposed layers;
     folded: convolutions and the batch norms they took in; history: what was done and measured.
     """
 
@@ -57,6 +59,7 @@ class Description:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
+    pruned: dict[str, int] = field(default_factory=dict)
     ranks: dict[str, tuple[int, int]] = field(default_factory=dict)
     folded: tuple[tuple[str, str], ...] = ()
     history: dict[str, Any] = field(default_factory=dict)
@@ -214,33 +217,45 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 
 def _load_own(folder: Path, trusted: str | None) -> Classifier:
+    about = read_description(folder)
+    module = build(about, folder, trusted)
     try:
-        said = json.loads((folder / DESCRIPTION).read_text())
-        if said.pop("format") != _FORMAT:
-            raise ModelError(f"{folder}: written by another version of Thresher")
-        about = Description(
-            source=str(said["source"]),
-            classes=tuple(map(str, said["classes"])),
-            shape=_three(said["shape"]),
-            mean=tuple(map(float, said["mean"])),
-            std=tuple(map(float, said["std"])),
-            config=dict(said["config"]),
-            ranks={str(n): (int(r[0]), int(r[1])) for n, r in said["ranks"].items()},
-            folded=tuple((str(c), str(n)) for c, n in said["folded"]),
-            history=dict(said["history"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ModelError(f"{folder / DESCRIPTION}: damaged: {error!r}") from error
-    module = _architecture(folder, about, trusted)
-    if about.mean:
-        module = Normalized(module, about.mean, about.std)
-    try:
+        if about.pruned:
+            shape_pruned(module, Classifier(module, about).example, len(about.classes), about.pruned)
         shape_layers(module, about.ranks)
         shape_folded(module, about.folded)
     except UsageError as error:
         raise ModelError(f"{folder}: {error}") from error
     load_weights(module, folder / WEIGHTS)
     return Classifier(module.eval(), about)
+
+
+def read_description(folder: Path) -> Description:
+    """What `write_description` wrote. Raises ModelError."""
+    try:
+        said = json.loads((folder / DESCRIPTION).read_text())
+        if said.pop("format") != _FORMAT:
+            raise ModelError(f"{folder}: written by another version of Thresher")
+        return Description(
+            source=str(said["source"]),
+            classes=tuple(map(str, said["classes"])),
+            shape=_three(said["shape"]),
+            mean=tuple(map(float, said["mean"])),
+            std=tuple(map(float, said["std"])),
+            config=dict(said["config"]),
+            pruned={str(n): int(c) for n, c in said.get("pruned", {}).items()},
+            ranks={str(n): (int(r[0]), int(r[1])) for n, r in said["ranks"].items()},
+            folded=tuple((str(c), str(n)) for c, n in said["folded"]),
+            history=dict(said["history"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ModelError(f"{folder / DESCRIPTION}: damaged: {error!r}") from error
+
+
+def write_description(about: Description, folder: Path) -> None:
+    """As DESCRIPTION. Raises OSError."""
+    said = json.dumps({"format": _FORMAT, **asdict(about)}, indent=1)
+    replaced(folder / DESCRIPTION, lambda part: part.write_text(said))
 
 
 def _three(values: Any) -> tuple[int, int, int]:
@@ -250,7 +265,14 @@ def _three(values: Any) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def _architecture(folder: Path, about: Description, trusted: str | None) -> nn.Module:
+def build(about: Description, folder: Path, trusted: str | None) -> nn.Module:
+    """The architecture that a folder's description names, with its normalisation, before layers got other shapes.
+    Raises ModelError."""
+    module = _architecture(about, folder, trusted)
+    return Normalized(module, about.mean, about.std) if about.mean else module
+
+
+def _architecture(about: Description, folder: Path, trusted: str | None) -> nn.Module:
     kind, _, rest = about.source.partition(":")
     if kind == "net":
         return make_net(rest, len(about.classes), about.shape[0])
@@ -280,8 +302,7 @@ def save_classifier(classifier: Classifier, folder: Path, export: bool = False) 
         folder.mkdir(parents=True, exist_ok=True)
         state = {n: t.detach().cpu().contiguous().clone() for n, t in classifier.module.state_dict().items()}
         replaced(folder / WEIGHTS, lambda part: save_file(state, part))
-        said = json.dumps({"format": _FORMAT, **asdict(classifier.about)}, indent=1)
-        replaced(folder / DESCRIPTION, lambda part: part.write_text(said))
+        write_description(classifier.about, folder)
         if not export:
             return {}
         apart = {}

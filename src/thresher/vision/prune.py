@@ -240,3 +240,21 @@ def remove_channels(model: nn.Module, example: torch.Tensor, groups: list[Channe
                 else torch_pruning.prune_linear_out_channels
             )
             graph.get_pruning_group(root, make, gone).prune()
+
+
+def shape_pruned(model: nn.Module, example: torch.Tensor, classes: int, counts: Mapping[str, int]) -> None:
+    """Give a fresh model the shapes of a pruned one, in place, for its weights to be loaded: so many logits, and
+    channels in each group. Raises UsageError, ModelError."""
+    with torch.no_grad():
+        rows = unwrap_logits(model.eval()(example)).shape[1]
+    if not 1 <= classes <= rows:
+        raise UsageError(f"the model gives {rows} logits, and {classes} are asked for")
+    head = find_head(model, example, rows)
+    if classes < rows:
+        restrict_head(model, head, torch.arange(classes))
+    groups, _ = channel_groups(model, example, head)
+    sizes = {g.name: g.channels for g in groups}
+    wrong = [name for name, count in counts.items() if not 1 <= count <= sizes.get(name, 0)]
+    if wrong:
+        raise UsageError(f"{wrong[0]} cannot have {counts[wrong[0]]} of {sizes.get(wrong[0], 0)} channels")
+    remove_channels(model, example, groups, {name: torch.arange(count) for name, count in counts.items()})

@@ -1,0 +1,265 @@
+"""A network along a tree of classes: what it computes, what it costs, and how it is kept in a folder."""
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from thresher.errors import ModelError, StorageError, UsageError
+from thresher.vision.hierarchy import Tree, read_tree, write_tree
+from thresher.vision.layers import count_macs, unwrap_logits
+from thresher.vision.models import (
+    WEIGHTS,
+    Classifier,
+    Description,
+    build,
+    load_weights,
+    read_description,
+    replaced,
+    write_description,
+)
+from thresher.vision.nets import conv_bn
+from thresher.vision.pieces import split_at
+from thresher.vision.prune import shape_pruned
+
+ROOT = "root"
+PARTS, TREE = "parts.json", "tree.json"
+_MOST_BYTES = 1 << 24  # of PARTS
+
+
+class Router(nn.Module):
+    """Which child a feature map belongs to: a strided convolution, the mean over positions, a linear layer."""
+
+    def __init__(self, channels: int, children: int, width: int = 32) -> None:
+        super().__init__()
+        self.features = conv_bn(channels, width, 3, 2)
+        self.head = nn.Linear(width, children)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(F.relu(self.features(x)).mean((2, 3)))
+        return out
+
+
+class Dissected(nn.Module):
+    """The network along a tree. Images give log-probabilities [N, classes]: of the way to a leaf, by the routers, and
+    within it.
+
+    pieces: by node (`root`, `root_0`, ...), from its parent's cut to its own or, of a leaf, to logits of its classes in
+    order; a leaf of one class has none. routers: by inner node.
+    """
+
+    def __init__(self, tree: Tree, pieces: dict[str, nn.Module], routers: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.tree = tree
+        self.pieces, self.routers = nn.ModuleDict(pieces), nn.ModuleDict(routers)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        columns: dict[int, torch.Tensor] = {}
+
+        def descend(key: str, node: Tree, x: torch.Tensor, way: torch.Tensor) -> None:
+            if len(node.classes) == 1:
+                columns[node.classes[0]] = way
+                return
+            x = self.pieces[key](x)
+            below = F.log_softmax(self.routers[key](x) if node.children else unwrap_logits(x), 1) + way[:, None]
+            if not node.children:
+                columns.update(zip(node.classes, below.unbind(1), strict=True))
+            for i, child in enumerate(node.children):
+                descend(f"{key}_{i}", child, x, below[:, i])
+
+        descend(ROOT, self.tree, images, images.new_zeros(len(images)))
+        return torch.stack([columns[i] for i in self.tree.classes], 1)
+
+    @torch.no_grad()
+    def route(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, int]]:
+        """Only the likeliest child is run at each split: classes [N], and how many images each piece and router saw."""
+        labels = torch.empty(len(images), dtype=torch.int64)
+        seen: dict[str, int] = {}
+
+        def descend(key: str, node: Tree, x: torch.Tensor, index: torch.Tensor) -> None:
+            if len(node.classes) == 1 or not len(index):
+                labels[index] = node.classes[0]
+                return
+            seen[key] = len(index)
+            x = self.pieces[key](x)
+            if not node.children:
+                labels[index] = torch.tensor(node.classes)[unwrap_logits(x).argmax(1)]
+                return
+            best = self.routers[key](x).argmax(1)
+            for i, child in enumerate(node.children):
+                descend(f"{key}_{i}", child, x[best == i], index[best == i])
+
+        self.eval()
+        descend(ROOT, self.tree, images, torch.arange(len(images)))
+        return labels, seen
+
+    def way(self, key: str) -> list[str]:
+        """The nodes from the root to this one."""
+        parts = key.split("_")
+        return ["_".join(parts[: i + 1]) for i in range(len(parts))]
+
+    def leaf(self, key: str) -> nn.Module:
+        """A leaf alone: the pieces on the way to it, for logits of its classes. They are shared, not copied."""
+        return nn.Sequential(*(self.pieces[k] for k in self.way(key)))
+
+
+def keyed(tree: Tree, key: str = ROOT) -> Iterator[tuple[str, Tree]]:
+    """Every node with its key, parents first."""
+    yield key, tree
+    for i, child in enumerate(tree.children):
+        yield from keyed(child, f"{key}_{i}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What became of a node. cut: the value its children part at, `channels` wide (of a leaf empty and 0); overlap: of
+    their impact vectors there; share: of impact that was kept; kept: channels left in each group; macs, parameters: of
+    the network up to its end, without routers."""
+
+    classes: tuple[int, ...]
+    cut: str
+    channels: int
+    overlap: float
+    share: float
+    kept: dict[str, int]
+    macs: int
+    parameters: int
+
+
+def expected_macs(net: Dissected, example: torch.Tensor, seen: dict[str, int], images: int) -> float:
+    """Multiply-adds of one image, on average, when it is routed as `seen` says."""
+    x = {ROOT: example}
+    total = 0.0
+    for key, node in keyed(net.tree):
+        if key not in net.pieces:
+            continue
+        share = seen.get(key, 0) / images
+        total += share * _macs(net.pieces[key], x[key])
+        if node.children:
+            with torch.no_grad():
+                out = net.pieces[key].eval()(x[key])
+            total += share * _macs(net.routers[key], out)
+            x |= {f"{key}_{i}": out for i in range(len(node.children))}
+    return total
+
+
+def _macs(module: nn.Module, x: torch.Tensor) -> int:
+    return count_macs(module, x) if not isinstance(module, nn.Identity) else 0
+
+
+def piece_between(module: nn.Module, start: str, end: str) -> nn.Module:
+    """A module from one cut (or, if empty, its input) to another (or its logits). Raises ModelError."""
+    if start and start == end:
+        return nn.Identity()
+    return split_at(module, [name for name in (start, end) if name])[1 if start else 0]
+
+
+def _starts(tree: Tree, parts: dict[str, Part]) -> dict[str, str]:
+    """The cut that each node's piece begins at."""
+    return {key: parts[key.rpartition("_")[0]].cut if key != ROOT else "" for key, _ in keyed(tree) if key in parts}
+
+
+def save_dissected(net: Dissected, about: Description, parts: dict[str, Part], folder: Path) -> None:
+    """WEIGHTS, TREE, PARTS and the description of the whole. Raises StorageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {n: t.detach().cpu().contiguous().clone() for n, t in net.state_dict().items()}
+        replaced(folder / WEIGHTS, lambda part: save_file(state, part))
+        said = json.dumps({key: asdict(part) for key, part in parts.items()}, indent=1)
+        replaced(folder / PARTS, lambda part: part.write_text(said))
+        write_tree(net.tree, about.classes, folder / TREE)
+        write_description(about, folder)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written: {error.strerror}") from error
+
+
+def load_dissected(folder: Path, trusted: str | None = None) -> tuple[Dissected, Description, dict[str, Part]]:
+    """What `save_dissected` wrote. Raises ModelError, StorageError."""
+    if not (folder / PARTS).is_file():
+        raise ModelError(f"{folder}: no network along a tree, which `thresher vision hierarchy` makes: no {PARTS}")
+    about = read_description(folder)
+    tree = read_tree(folder / TREE, about.classes)
+    parts = _read_parts(folder / PARTS)
+    wanted = {key: node.classes for key, node in keyed(tree) if len(node.classes) > 1}
+    if {key: part.classes for key, part in parts.items()} != wanted:
+        raise ModelError(f"{folder}: its parts are not those of its tree")
+    pieces: dict[str, nn.Module] = {}
+    routers: dict[str, nn.Module] = {}
+    children = {key: len(node.children) for key, node in keyed(tree)}
+    try:
+        for key, start in _starts(tree, parts).items():
+            pieces[key] = piece_between(_shaped(about, parts[key], folder, trusted), start, parts[key].cut)
+            if children[key]:
+                routers[key] = Router(parts[key].channels, children[key])
+    except (UsageError, ModelError) as error:
+        raise ModelError(f"{folder}: {error}") from error
+    net = Dissected(tree, pieces, routers)
+    load_weights(net, folder / WEIGHTS)
+    return net.eval(), about, parts
+
+
+def _shaped(about: Description, part: Part, folder: Path, trusted: str | None) -> nn.Module:
+    module = build(about, folder, trusted)
+    shape_pruned(module, Classifier(module, about).example, len(part.classes), part.kept)
+    return module.eval()
+
+
+def _read_parts(path: Path) -> dict[str, Part]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise ValueError("too long")
+        return {str(key): _part(said) for key, said in json.loads(data).items()}
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: damaged: {error!r:.200}") from error
+
+
+def _part(said: dict[str, Any]) -> Part:
+    channels = int(said["channels"])
+    if not 0 <= channels < 1 << 20:
+        raise ValueError(f"{channels} channels")
+    return Part(
+        classes=tuple(map(int, said["classes"])),
+        cut=str(said["cut"]),
+        channels=channels,
+        overlap=float(said["overlap"]),
+        share=float(said["share"]),
+        kept={str(n): int(c) for n, c in said["kept"].items()},
+        macs=int(said["macs"]),
+        parameters=int(said["parameters"]),
+    )
+
+
+def leaf_classifier(
+    net: Dissected, about: Description, parts: dict[str, Part], key: str, whole: nn.Module
+) -> Classifier:
+    """A leaf as a classifier of its own, in the layers of the architecture it comes from (`whole`, whose weights do not
+    matter), so that it can be saved, exported, attacked and decomposed like any."""
+    part = parts[key]
+    module = copy.deepcopy(whole)
+    shape_pruned(module, Classifier(module, about).example, len(part.classes), part.kept)
+    state: dict[str, torch.Tensor] = {}
+    for passed in net.way(key):
+        state |= net.pieces[passed].state_dict()
+    module.load_state_dict(state)
+    classes = tuple(about.classes[i] for i in part.classes)
+    history = {"leaf": key, "macs": part.macs, "parameters": part.parameters}
+    return Classifier(module.eval(), replace(about, classes=classes, pruned=dict(part.kept), history=history))
+
+
+def leaf_name(key: str, node: Tree, classes: tuple[str, ...]) -> str:
+    """A name for a leaf's folder: where it is, and its synset or first classes."""
+    said = node.synset.split(".")[0] if node.synset else "-".join(classes[i] for i in node.classes[:3])
+    where = key.removeprefix(ROOT + "_").replace("_", ".")
+    return f"{where}-{re.sub(r'[^a-z0-9]+', '-', said.lower()).strip('-') or 'leaf'}"[:60]

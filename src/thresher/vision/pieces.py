@@ -1,0 +1,90 @@
+"""Where a network can be parted: values that everything behind is computed from, found in its torch.fx graph."""
+
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from thresher.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A feature map [N, channels, height, width] that is all the rest of the network reads.
+
+    name: of the graph's node that makes it; before: the convolutions and linear layers that have run.
+    """
+
+    name: str
+    channels: int
+    before: frozenset[str]
+
+
+def trace(model: nn.Module) -> fx.GraphModule:
+    """The graph of a model in eval mode, its layers the same objects. Raises ModelError that says where it fails."""
+    was_training = model.training
+    try:
+        return fx.symbolic_trace(model.eval())
+    except Exception as error:  # of the tracer, or of the model's code that meets its proxies
+        own = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
+        where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})" if len(own) > 1 else ""
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"the model's graph cannot be traced: {said}{where}") from error
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def cut_points(model: nn.Module, example: torch.Tensor) -> list[Cut]:
+    """Where it can be parted, in order: before each convolution or block of them, cheap layers still before the cut.
+    Raises ModelError."""
+    traced = trace(model)
+    ShapeProp(traced).propagate(example)
+    nodes = list(traced.graph.nodes)
+    place = {node: i for i, node in enumerate(nodes)}
+    last_use = [max((place[user] for user in node.users), default=place[node]) for node in nodes]
+    found: list[Cut] = []
+    before: set[str] = set()
+    waiting: Cut | None = None
+    open_until = 0  # how far the values before this node are needed
+    for i, node in enumerate(nodes):
+        if node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), nn.Conv2d | nn.Linear):
+            convolution = isinstance(model.get_submodule(str(node.target)), nn.Conv2d)
+            if waiting is not None and convolution:
+                found.append(waiting)
+            waiting = None if convolution else waiting
+            before.add(str(node.target))
+        shape: tuple[int, ...] = getattr(node.meta.get("tensor_meta"), "shape", ())
+        if node.op not in ("placeholder", "get_attr", "output") and open_until <= i and len(shape) == 4 and before:
+            waiting = Cut(node.name, int(shape[1]), frozenset(before))
+        if node.op != "get_attr":
+            open_until = max(open_until, last_use[i])
+    return found
+
+
+def split_at(model: nn.Module, cuts: list[str]) -> list[fx.GraphModule]:
+    """The pieces between these cuts, in order: one more than there are cuts. Layers are those of the model, by their
+    names. Raises ModelError."""
+    traced = trace(model)
+    pieces: list[fx.GraphModule] = []
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    ends = list(cuts)
+    for node in traced.graph.nodes:
+        if node.op == "get_attr" and node not in copied:
+            copied[node] = graph.node_copy(node)
+            continue
+        copied[node] = graph.node_copy(node, copied.__getitem__)
+        if ends and node.name == ends[0]:
+            graph.output(copied[node])
+            pieces.append(fx.GraphModule(traced, graph))
+            graph = fx.Graph()
+            copied = {node: graph.placeholder("x")}
+            ends.pop(0)
+    if ends:
+        raise ModelError(f"the model has no point {ends[0]} to be parted at")
+    pieces.append(fx.GraphModule(traced, graph))
+    return pieces
