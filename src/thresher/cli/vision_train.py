@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 Data = Annotated[
     str,
-    typer.Option(help="fashion-mnist, animals, fashion-animals (both), or a folder: train/CLASS/*.png and test/CLASS/*.png, or CLASS/*.png alone."),
+    typer.Option(
+        help="fashion-mnist, animals, fashion-animals (both), or a folder: train/CLASS/*.png and test/CLASS/*.png, or "
+        "CLASS/*.png alone."
+    ),
 ]
 DataOrNot = Annotated[str | None, typer.Option(help=Data.__metadata__[0].help, show_default=False)]
 Lr = Annotated[float, typer.Option(help="Highest learning rate; it falls to 0.", min=0)]

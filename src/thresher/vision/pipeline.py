@@ -22,7 +22,7 @@ DECOMPOSED, FINETUNED = "decomposed", "finetune"  # folders within the result's
 Progress = Callable[[str, int, int], None]
 
 
-def _silent(what: str, done: int, total: int) -> None:
+def silent(what: str, done: int, total: int) -> None:
     pass
 
 
@@ -69,7 +69,7 @@ def train(
     data: Splits,
     settings: tuning.Settings,
     folder: Path,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Train a net from scratch, keep it in `folder`, and return what came of it (of several processes only the first
     has something to say). Raises UsageError, StorageError."""
@@ -102,7 +102,7 @@ def tucker(
     teacher: Classifier | None = None,
     folded: bool = True,
     batches: tuple[int, ...] = (1, 32),
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Outcome:
     """Decompose `whole`, fine-tune the result from it, or from another `teacher`, if told how (`tune`), and write it to
     `folder`.

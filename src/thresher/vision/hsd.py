@@ -1,0 +1,385 @@
+"""A trained CNN in, a tree of sub-networks out: tuned to its taxonomy, grouped, taken apart, trained as one,
+measured."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from thresher.errors import UsageError
+from thresher.evaluation.statistics import Interval, wilson
+from thresher.vision import finetune as tuning
+from thresher.vision.compress import latencies
+from thresher.vision.data import Images, Splits
+from thresher.vision.dissect import Restricted, Settings, dissect, prune_for, restricted_accuracy, select
+from thresher.vision.dissected import (
+    Dissected,
+    Part,
+    expected_macs,
+    keyed,
+    leaf_classifier,
+    leaf_name,
+    load_dissected,
+    save_dissected,
+)
+from thresher.vision.grouping import (
+    KINDS,
+    Coherence,
+    Semantics,
+    coherence,
+    confusion_distance,
+    impact_distance,
+    weight_distance,
+)
+from thresher.vision.hierarchy import Tree, agglomerate, cut
+from thresher.vision.impact import measure_impact
+from thresher.vision.layers import count_macs, count_parameters, weights_digest
+from thresher.vision.models import Classifier, load_classifier, save_classifier
+from thresher.vision.pipeline import Progress, check_data, silent
+from thresher.vision.prune import channel_groups, find_head, restrict_head
+from thresher.vision.taxonomy import Taxonomy
+
+WHOLE, LEAVES, TUNING, TREE_TRAINING = "whole", "leaves", "tuning", "finetune"  # folders within the result's
+
+
+@dataclass(frozen=True)
+class Follow:
+    """How the whole network is tuned to its taxonomy first: a method of taxonomy.py, its weight and temperature, and
+    the training's settings."""
+
+    method: str = "align"
+    weight: float = 1.0
+    temperature: float = 0.1
+    tune: tuning.Settings = field(default_factory=lambda: tuning.Settings("soft", epochs=3))
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A leaf beside the whole network asked only for its classes. flops, parameters: shares of the whole's; seconds: of
+    batches, [the whole's, the leaf's]; exports: how far each file's logits are off."""
+
+    name: str
+    classes: tuple[str, ...]
+    accuracy: Interval
+    whole: Interval
+    flops: float
+    parameters: float
+    seconds: dict[int, tuple[float, float]]
+    exports: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """What `make_hierarchy` made.
+
+    accuracy: of the test images, of `whole` (as given), `tuned`, `routed` (all branches, weighted) and `hard` (the
+    likeliest branch only); costs: multiply-adds and parameters of `whole`, `tree` (all branches) and, multiply-adds
+    alone, `hard` on average; visual: by kind of distance, how far the tuned network's groups follow WordNet, and
+    `before` those of the network as given, by impact; taxonomy: the groups of WordNet's own tree.
+    """
+
+    net: Dissected
+    parts: dict[str, Part]
+    leaves: list[Leaf]
+    accuracy: dict[str, Interval]
+    costs: dict[str, dict[str, float]]
+    coherence: dict[str, Coherence]
+    settings: dict[str, Any]
+
+    def summary(self) -> dict[str, Any]:
+        """All of it but the network, for JSON."""
+        said = {k: v for k, v in vars(self).items() if k not in ("net", "parts", "leaves", "coherence", "accuracy")}
+        return said | {
+            "accuracy": {k: asdict(v) for k, v in self.accuracy.items()},
+            "parts": {k: asdict(v) for k, v in self.parts.items()},
+            "leaves": [asdict(v) for v in self.leaves],
+            "coherence": {k: asdict(v) for k, v in self.coherence.items()},
+            "device": f"{torch.get_num_threads()} threads",
+        }
+
+
+def visual_tree(model: Classifier, images: Images, validation: Images, kind: str = "impact", most: int = 100) -> Tree:
+    """Classes joined as the network holds them to be alike; images: to measure impact by, `most` of each class. Raises
+    UsageError, ModelError."""
+    if kind not in KINDS:
+        raise UsageError(f"unknown distance of classes {kind}: choose one of {', '.join(KINDS)}")
+    module, count = model.module, len(model.about.classes)
+    head = find_head(module, model.example, count)
+    if kind == "confusion":
+        distance: np.ndarray = confusion_distance(module, validation)
+    elif kind == "weights":
+        distance = weight_distance(module, head)
+    else:
+        groups, _ = channel_groups(module, model.example, head)
+        if not groups:
+            raise UsageError("the model has no channels that can be taken out, so filters have no impact to compare")
+        impact = measure_impact(module, groups, select(images, range(count), most))
+        distance = impact_distance(impact, [g.name for g in groups])
+    return agglomerate(distance)
+
+
+def follow_taxonomy(
+    whole: Classifier, data: Splits, semantics: Semantics, follow: Follow, folder: Path, progress: Progress = silent
+) -> Classifier:
+    """A copy of the network tuned so that its classes follow WordNet, with the network as it was for a teacher. Kept in
+    `folder` with its checkpoints; what was made from the same comes from there. Raises UsageError, StorageError."""
+    tuned = copy.deepcopy(whole.module)
+    head = find_head(tuned, whole.example, len(whole.about.classes))
+    similar = torch.from_numpy(semantics.wu_palmer)
+    taxonomy = Taxonomy(follow.method, follow.weight, similar, semantics.tree, head, follow.temperature)
+    curve = tuning.finetune(
+        tuned,
+        data.train,
+        data.validation,
+        follow.tune,
+        whole.module,
+        folder=folder,
+        progress=lambda done, total: progress("learning the taxonomy", done, total),
+        taxonomy=taxonomy,
+    )
+    history = whole.about.history | {"taxonomy": {"name": taxonomy.name, "curve": [asdict(e) for e in curve]}}
+    return Classifier(tuned.eval(), replace(whole.about, history=history))
+
+
+def make_hierarchy(
+    whole: Classifier,
+    data: Splits,
+    semantics: Semantics | None,
+    folder: Path,
+    settings: Settings | None = None,
+    tune: tuning.Settings | None = None,
+    follow: Follow | None = None,
+    tree: Tree | str = "impact",
+    groups: int = 5,
+    batches: tuple[int, ...] = (1, 32),
+    progress: Progress = silent,
+) -> Hierarchy:
+    """Tune the network to WordNet (`follow`), group its classes, take it apart, train the parts as one from the network
+    as it was, and write all to `folder`: the tree, the tuned network, every leaf alone.
+
+    tree: a kind of visual distance, `taxonomy` for WordNet's own, or any tree; one of the first three is cut to
+    `groups`. semantics: None leaves WordNet out, and with it what needs it. A run that was stopped goes on. Raises
+    UsageError, ModelError, StorageError.
+    """
+    check_data(whole, data)
+    settings, tune = settings or Settings(), tune or tuning.Settings("soft", epochs=5)
+    if whole.about.ranks or whole.about.folded or whole.about.pruned:
+        raise UsageError(
+            "a decomposed or pruned model cannot be taken apart: take the whole one apart, then its leaves"
+        )
+    if semantics is None and (follow is not None or tree == "taxonomy"):
+        raise UsageError("to follow a taxonomy, one is needed: --taxonomy wordnet")
+    tuned = (
+        follow_taxonomy(whole, data, semantics, follow, folder / TUNING, progress) if follow and semantics else whole
+    )
+    found: dict[str, Coherence] = {}
+    if semantics is not None:
+        found["taxonomy"] = coherence(semantics.tree, semantics, min(groups, len(semantics.tree.leaves())))
+        found["before"] = coherence(visual_tree(whole, data.train, data.validation), semantics, groups)
+        for kind in KINDS:
+            found[kind] = coherence(visual_tree(tuned, data.train, data.validation, kind), semantics, groups)
+    chosen = _chosen(tree, tuned, data, semantics, groups)
+    net, parts = dissect(tuned, chosen, data.train, data.validation, settings, progress)
+    tuning.finetune(
+        net,
+        data.train,
+        data.validation,
+        tune,
+        whole.module,
+        folder=folder / TREE_TRAINING,
+        progress=lambda done, total: progress("training the tree", done, total),
+    )
+    accuracy, costs = _measure(whole, tuned, net, data.test)
+    about = replace(tuned.about, history={})
+    leaves = _save_leaves(whole, net, about, parts, data.test, folder / LEAVES, batches, progress)
+    asked = {
+        "dissect": asdict(settings),
+        "finetune": asdict(tune),
+        "follow": asdict(follow) if follow else None,
+        "tree": tree if isinstance(tree, str) else "given",
+        "groups": groups,
+        "synsets": list(semantics.names) if semantics else [],
+        "glosses": list(semantics.glosses) if semantics else [],
+    }
+    made = Hierarchy(net, parts, leaves, accuracy, costs, found, asked)
+    save_classifier(tuned, folder / WHOLE)
+    save_dissected(net, replace(about, history={"hierarchy": made.summary()}), parts, folder)
+    return made
+
+
+def _chosen(tree: Tree | str, tuned: Classifier, data: Splits, semantics: Semantics | None, groups: int) -> Tree:
+    if not isinstance(tree, str):
+        return tree
+    if tree == "taxonomy":
+        assert semantics is not None
+        return cut(semantics.tree, min(groups, len(semantics.tree.leaves())))
+    grown = cut(visual_tree(tuned, data.train, data.validation, tree), groups)
+    return semantics.named(grown) if semantics else grown
+
+
+def _right(model: torch.nn.Module, images: Images, classes: Sequence[int] | None = None) -> Interval:
+    share = restricted_accuracy(model, images, classes) if classes else tuning.accuracy(model, images)
+    count = len(select(images, classes)) if classes else len(images)
+    return wilson(round(share * count), count)
+
+
+def _measure(
+    whole: Classifier, tuned: Classifier, net: Dissected, test: Images
+) -> tuple[dict[str, Interval], dict[str, dict[str, float]]]:
+    right, seen = 0, dict[str, int]()
+    for pixels, labels in zip(torch.split(test.pixels, 256), torch.split(test.labels, 256), strict=True):
+        given, counts = net.route(pixels.float() / 255)
+        right += int((given == labels).sum())
+        seen = {key: seen.get(key, 0) + counts.get(key, 0) for key in seen | counts}
+    accuracy = {"whole": _right(whole.module, test)}
+    if tuned is not whole:
+        accuracy["tuned"] = _right(tuned.module, test)
+    accuracy |= {"routed": _right(net, test), "hard": wilson(right, len(test))}
+    costs = {
+        "macs": {
+            "whole": float(count_macs(whole.module, whole.example)),
+            "routed": float(count_macs(net, whole.example)),
+            "hard": expected_macs(net, whole.example, seen, len(test)),
+        },
+        "parameters": {"whole": float(count_parameters(whole.module)), "routed": float(count_parameters(net))},
+    }
+    return accuracy, costs
+
+
+def _save_leaves(
+    whole: Classifier,
+    net: Dissected,
+    about: Any,
+    parts: dict[str, Part],
+    test: Images,
+    folder: Path,
+    batches: tuple[int, ...],
+    progress: Progress,
+) -> list[Leaf]:
+    found = []
+    ends = [(key, node) for key, node in keyed(net.tree) if not node.children and len(node.classes) > 1]
+    for i, (key, node) in enumerate(ends):
+        progress("exporting leaves", i, len(ends))
+        leaf = leaf_classifier(net, about, parts, key, whole.module)
+        name = leaf_name(key, node, about.classes)
+        found.append(_leaf(name, leaf, whole, test, node.classes, folder / name, batches))
+    progress("exporting leaves", len(ends), len(ends))
+    return found
+
+
+def _leaf(
+    name: str,
+    leaf: Classifier,
+    whole: Classifier,
+    test: Images,
+    classes: tuple[int, ...],
+    folder: Path,
+    batches: tuple[int, ...],
+) -> Leaf:
+    chosen = select(test, classes)
+    exports = save_classifier(leaf, folder, export=True)
+    seconds = {b: (t["before"], t["after"]) for b, t in latencies(whole, leaf, batches).items()}
+    return Leaf(
+        name,
+        leaf.about.classes,
+        _right(leaf.module, chosen),
+        _right(whole.module, test, classes),
+        count_macs(leaf.module, leaf.example) / count_macs(whole.module, whole.example),
+        count_parameters(leaf.module) / count_parameters(whole.module),
+        seconds,
+        exports,
+    )
+
+
+def find_classes(names: Sequence[str], known: tuple[str, ...]) -> tuple[int, ...]:
+    """Numbers of classes by name, whatever their case, sorted. Raises UsageError."""
+    lower = {name.lower(): i for i, name in enumerate(known)}
+    unknown = [name for name in names if name.lower() not in lower]
+    if unknown:
+        raise UsageError(f"there is no class {unknown[0]}: classes are {', '.join(known[:30])}")
+    found = tuple(sorted({lower[name.lower()] for name in names}))
+    if len(found) < 2:
+        raise UsageError("a sub-network tells two or more classes apart")
+    return found
+
+
+def extract(
+    folder: Path,
+    names: Sequence[str],
+    out: Path,
+    data: Splits | None = None,
+    settings: Settings | None = None,
+    tune: tuning.Settings | None = None,
+    batches: tuple[int, ...] = (1, 32),
+    trusted: str | None = None,
+    progress: Progress = silent,
+) -> tuple[Classifier, Leaf | None]:
+    """The smallest sub-network for these classes, from what `make_hierarchy` wrote.
+
+    Without data: the leaf that holds all of them, its last layer restricted (nothing is measured). With data: the tuned
+    whole network pruned for exactly these classes and fine-tuned from it, or the leaf if that is smaller. Raises
+    UsageError where neither is to be had, ModelError, StorageError.
+    """
+    net, about, parts = load_dissected(folder, trusted)
+    whole = load_classifier(str(folder / WHOLE), trusted=trusted)
+    classes = find_classes(names, about.classes)
+    lowest = net.tree.lowest(classes)
+    candidates: list[Classifier] = []
+    key = next(k for k, node in keyed(net.tree) if node == lowest)
+    if not lowest.children:
+        leaf = leaf_classifier(net, about, parts, key, whole.module)
+        candidates.append(_restricted(leaf, [lowest.classes.index(c) for c in classes]))
+    elif data is None:
+        groups = "; ".join(", ".join(about.classes[i] for i in leaf.classes) for leaf in net.tree.leaves())
+        raise UsageError(f"no leaf holds all of these classes: give --data to make one for them (leaves: {groups})")
+    if data is not None:
+        check_data(whole, data)
+        candidates.append(_pruned(whole, classes, data, settings or Settings(), tune, out, progress))
+    best = min(candidates, key=lambda c: count_macs(c.module, c.example))
+    if data is None:
+        save_classifier(best, out, export=True)
+        return best, None
+    return best, _leaf("-".join(best.about.classes), best, whole, data.test, classes, out, batches)
+
+
+def _restricted(leaf: Classifier, rows: list[int]) -> Classifier:
+    module = copy.deepcopy(leaf.module)
+    restrict_head(module, find_head(module, leaf.example, len(leaf.about.classes)), torch.tensor(rows))
+    return Classifier(module, replace(leaf.about, classes=tuple(leaf.about.classes[i] for i in rows)))
+
+
+def _pruned(
+    whole: Classifier,
+    classes: tuple[int, ...],
+    data: Splits,
+    settings: Settings,
+    tune: tuning.Settings | None,
+    out: Path,
+    progress: Progress,
+) -> Classifier:
+    made = _restricted(whole, list(classes))
+    train, validation = select(data.train, classes), select(data.validation, classes)
+    least = restricted_accuracy(whole.module, data.validation, classes) - settings.fall
+    limits = (
+        settings.flops * count_macs(whole.module, whole.example),
+        settings.parameters * count_parameters(whole.module),
+    )
+    sample = select(data.train, classes, settings.images)
+    share = prune_for(made.module, made.example, sample, validation, None, least, limits, settings)
+    tuning.finetune(
+        made.module,
+        train,
+        validation,
+        tune or tuning.Settings("soft", epochs=5),
+        Restricted(whole.module, classes),
+        folder=out / TUNING,
+        progress=lambda done, total: progress("fine-tuning", done, total),
+    )
+    groups, _ = channel_groups(made.module, made.example, find_head(made.module, made.example, len(classes)))
+    history = {"extracted": {"share": share, "from": weights_digest(whole.module)}}
+    pruned = {g.name: g.channels for g in groups}
+    return Classifier(made.module.eval(), replace(made.about, pruned=pruned, history=history))
