@@ -18,7 +18,7 @@ from thresher.vision.impact import METHODS, Impact, measure_impact, needed_chann
 from thresher.vision.layers import count_macs, count_parameters, unwrap_logits
 from thresher.vision.models import Classifier
 from thresher.vision.pieces import Cut, cut_points, split_at
-from thresher.vision.prune import ChannelGroup, Kept, channel_groups, find_head, masked, remove_channels, restrict_head
+from thresher.vision.prune import ChannelGroup, channel_groups, find_head, remove_channels, restrict_head
 
 _STEPS = 8  # of a bisection
 Progress = Callable[[str, int, int], None]
@@ -104,6 +104,9 @@ def dissect(
         raise UsageError(f"the tree is not one of the model's {len(whole.about.classes)} classes")
     if not tree.children:
         raise UsageError("a tree of one group has nothing to be taken apart")
+    for images in (train, validation):
+        if len(images.classes) != len(whole.about.classes):
+            raise UsageError(f"the model has {len(whole.about.classes)} classes, and the data {len(images.classes)}")
     macs, parameters = count_macs(whole.module, whole.example), count_parameters(whole.module)
     pieces: dict[str, nn.Module] = {}
     routers: dict[str, nn.Module] = {}
@@ -123,9 +126,11 @@ def dissect(
             limits = (settings.flops * macs, settings.parameters * parameters) if not node.children else None
             least = restricted_accuracy(whole.module, validation, node.classes) - settings.fall
             chosen = select(validation, node.classes)
-            share = prune_for(module, example, sample, chosen, start, least, limits, settings)
+            module, share = prune_for(module, example, sample, chosen, start, least, limits, settings)
         head = find_head(module, example, len(node.classes))
-        groups, _ = channel_groups(module, example, head)
+        groups, left = channel_groups(module, example, head)
+        if not groups:
+            raise UsageError(f"no channels of the model can be removed: {next(iter(left.values()), 'it has none')}")
         cut, overlap = None, 0.0
         if node.children:
             impact = measure_impact(module, groups, sample, settings.method)
@@ -158,8 +163,8 @@ def prune_for(
     least: float,
     limits: tuple[float, float] | None,
     settings: Settings,
-) -> float:
-    """Remove behind a cut what the module's classes do not need, in place; returns the share of impact that is kept.
+) -> tuple[nn.Module, float]:
+    """A copy without what, behind a cut, the module's classes do not need, and the share of impact that is kept.
 
     sample, validation: of these classes, labelled as the module numbers them. The share is the least that leaves
     `least` accuracy, or less if only that meets `limits`, multiply-adds and parameters. Raises UsageError if nothing
@@ -169,17 +174,22 @@ def prune_for(
     groups = _behind(channel_groups(module, example, head)[0], start)
     impact = measure_impact(module, groups, sample, settings.method)
 
-    def keep(share: float) -> Kept:
-        return needed_channels(impact, groups, range(len(sample.classes)), share, settings.multiple)
+    def pruned(share: float) -> nn.Module:
+        smaller = copy.deepcopy(module)
+        kept = needed_channels(impact, groups, range(len(sample.classes)), share, settings.multiple)
+        remove_channels(smaller, example, groups, kept)
+        return smaller
+
+    def recalibrated(smaller: nn.Module) -> nn.Module:
+        recalibrate(smaller, piece_between(smaller, start.name, "") if start else smaller, sample)
+        return smaller
 
     def good(share: float) -> bool:
-        with masked(module, groups, keep(share)):
-            return accuracy(module, validation) >= least
+        return accuracy(recalibrated(pruned(share)), validation) >= least
 
     def affordable(share: float) -> bool:
         assert limits is not None
-        smaller = copy.deepcopy(module)
-        remove_channels(smaller, example, groups, keep(share))
+        smaller = pruned(share)
         return count_macs(smaller, example) <= limits[0] and count_parameters(smaller) <= limits[1]
 
     share = _bisect(good, 1.0)
@@ -190,8 +200,28 @@ def prune_for(
                 "allow more FLOPs or parameters, or let the groups part earlier (a higher overlap)"
             )
         share = -_bisect(lambda s: affordable(-s), 0.0, low=-share)
-    remove_channels(module, example, groups, keep(share))
-    return share
+    return recalibrated(pruned(share)), share
+
+
+@torch.no_grad()
+def recalibrate(module: nn.Module, part: nn.Module, images: Images, batch: int = 128) -> None:
+    """Means and variances of the batch norms in a part of the module, anew from these images, in place: a pruned
+    network's are others, and with the old ones it guesses."""
+    norms = [m for m in part.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+    momenta = [m.momentum for m in norms]
+    was_training = module.training
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over batches
+    module.eval()
+    for norm in norms:
+        norm.train()
+    for index in torch.split(order, batch):
+        module(images.pixels[index].float() / 255)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    module.train(was_training)
 
 
 def _bisect(holds: Callable[[float], bool], high: float, low: float = 0.0) -> float:

@@ -221,13 +221,13 @@ def _read_parts(path: Path) -> dict[str, Part]:
         return {str(key): _part(said) for key, said in json.loads(data).items()}
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ModelError(f"{path}: damaged: {error!r:.200}") from error
 
 
 def _part(said: dict[str, Any]) -> Part:
     channels = int(said["channels"])
-    if not 0 <= channels < 1 << 20:
+    if not 0 <= channels < 1 << 16:
         raise ValueError(f"{channels} channels")
     return Part(
         classes=tuple(map(int, said["classes"])),
@@ -252,7 +252,8 @@ def leaf_classifier(
     state: dict[str, torch.Tensor] = {}
     for passed in net.way(key):
         state |= net.pieces[passed].state_dict()
-    module.load_state_dict(state)
+    names = module.state_dict()  # buffers that it does not keep are constants of the pieces
+    module.load_state_dict({n: t for n, t in state.items() if n in names})
     classes = tuple(about.classes[i] for i in part.classes)
     history = {"leaf": key, "macs": part.macs, "parameters": part.parameters}
     return Classifier(module.eval(), replace(about, classes=classes, pruned=dict(part.kept), history=history))

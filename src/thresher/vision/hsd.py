@@ -369,9 +369,9 @@ def _pruned(
         settings.parameters * count_parameters(whole.module),
     )
     sample = select(data.train, classes, settings.images)
-    share = prune_for(made.module, made.example, sample, validation, None, least, limits, settings)
+    module, share = prune_for(made.module, made.example, sample, validation, None, least, limits, settings)
     tuning.finetune(
-        made.module,
+        module,
         train,
         validation,
         tune or tuning.Settings("soft", epochs=5),
@@ -379,7 +379,7 @@ def _pruned(
         folder=out / TUNING,
         progress=lambda done, total: progress("fine-tuning", done, total),
     )
-    groups, _ = channel_groups(made.module, made.example, find_head(made.module, made.example, len(classes)))
+    groups, _ = channel_groups(module, made.example, find_head(module, made.example, len(classes)))
     history = {"extracted": {"share": share, "from": weights_digest(whole.module)}}
     pruned = {g.name: g.channels for g in groups}
-    return Classifier(made.module.eval(), replace(made.about, pruned=pruned, history=history))
+    return Classifier(module.eval(), replace(made.about, pruned=pruned, history=history))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -25,21 +24,22 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Impact:
-    """scores: by group, [classes, channels] float32; what a score means is its method's.
+    """scores: by group, [classes, channels] float32, means over each class's images; what they are says the method.
 
-    ablation: how much less probable the right class becomes, on average over its images, when the channel is 0; taylor:
-    the first-order estimate of how much the cross-entropy rises; activation: mean of the positive part.
+    ablation: how much the margin of the right class, its logit less the mean of all, falls when the channel is 0;
+    taylor: the first-order estimate of that; activation: the positive part. Probabilities and losses would not do: a
+    trained network's are saturated, and the mean slope of its loss is about 0, so that scores of them are noise
+    (docs/results.md).
     """
 
     method: str
     scores: dict[str, torch.Tensor]
 
     def vectors(self, group: str) -> torch.Tensor:
-        """Iscv [classes, channels]: negative scores are 0, and each class's sum is 1 (where nothing is positive, all
-        channels alike)."""
-        positive = self.scores[group].double().clamp(min=0)
-        total = positive.sum(1, keepdim=True)
-        return torch.where(total > 0, positive / total.clamp(min=1e-30), 1 / positive.shape[1])
+        """Iscv [classes, channels]: magnitudes, each class's sum 1 (where all are 0, all channels alike)."""
+        size = self.scores[group].double().abs()
+        total = size.sum(1, keepdim=True)
+        return torch.where(total > 0, size / total.clamp(min=1e-300), 1 / size.shape[1])
 
     def joined(self, groups: Sequence[str]) -> torch.Tensor:
         """[classes, channels of all these groups]."""
@@ -69,7 +69,7 @@ def measure_impact(
     model.eval().requires_grad_(False)
     score = {"ablation": _ablation, "taylor": _taylor, "activation": _activation}[method]
     pending = [g for g in groups if g.name not in scores]
-    bundles = [[g] for g in pending] if method == "ablation" else [pending]
+    bundles = [[g] for g in pending] if method == "ablation" else [pending] if pending else []
     try:
         for bundle in bundles:
             progress(len(scores), len(groups))
@@ -90,17 +90,19 @@ def measure_impact(
     return Impact(method, scores)
 
 
+def _margin(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """[images]: the logit of the right class less the mean of all."""
+    logits = unwrap_logits(model(x))
+    return logits.gather(1, y[:, None])[:, 0] - logits.mean(1)
+
+
 @torch.no_grad()
 def _ablation(
     model: nn.Module, groups: list[ChannelGroup], x: torch.Tensor, y: torch.Tensor, batch: int
 ) -> list[torch.Tensor]:
-    """[images, channels] of each group: p of the right class less what it is without the channel; several channels in
-    one pass."""
-
-    def right(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return unwrap_logits(model(images)).softmax(1).gather(1, labels[:, None])[:, 0]
-
-    whole = right(x, y)
+    """[images, channels] of each group: the margin less what it is without the channel; several channels in one
+    pass."""
+    whole = _margin(model, x, y)
     together = max(1, 2 * batch // len(x))
     scores = []
     for group in groups:
@@ -109,7 +111,7 @@ def _ablation(
             gates = torch.ones(len(out), len(x), group.channels)
             gates[torch.arange(len(out)), :, out] = 0
             with gated(model, group, gates.flatten(0, 1)):
-                without = right(x.repeat(len(out), 1, 1, 1), y.repeat(len(out)))
+                without = _margin(model, x.repeat(len(out), 1, 1, 1), y.repeat(len(out)))
             lost[:, out] = whole[:, None] - without.view(len(out), len(x)).T
         scores.append(lost)
     return scores
@@ -124,8 +126,7 @@ def _taylor(
     with torch.enable_grad(), ExitStack() as stack:
         for group, gate in zip(groups, gates, strict=True):
             stack.enter_context(gated(model, group, gate))
-        loss = F.cross_entropy(unwrap_logits(model(x)), y, reduction="sum")
-        return [-slope for slope in torch.autograd.grad(loss, gates)]
+        return list(torch.autograd.grad(_margin(model, x, y).sum(), gates))
 
 
 @torch.no_grad()
@@ -163,11 +164,11 @@ def needed_channels(
 ) -> Kept:
     """The channels that hold `share` of these classes' summed impact in each group, as indices in order.
 
-    A channel's impact is the largest of the classes'. Counts are rounded up to the multiple; one channel always stays.
+    A channel's impact is the mean of the classes'. Counts are rounded up to the multiple; one channel always stays.
     """
     kept = {}
     for group in groups:
-        scores = impact.vectors(group.name)[list(classes)].amax(0)
+        scores = impact.vectors(group.name)[list(classes)].mean(0)
         ordered, index = scores.sort(descending=True, stable=True)
         reached = ordered.cumsum(0) >= share * ordered.sum() * (1 - 1e-12)
         count = int(reached.int().argmax()) + 1 if share < 1 else group.channels

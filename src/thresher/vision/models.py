@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import fx, nn
 
 from thresher.errors import ModelError, StorageError, UsageError
 from thresher.vision.decompose import shape_layers
@@ -25,6 +25,7 @@ from thresher.vision.prune import shape_pruned
 DESCRIPTION, WEIGHTS, ONNX, EXPORTED = "vision.json", "model.safetensors", "model.onnx", "model.pt2"
 _FORMAT = 1
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+fx.wrap("unwrap_logits")  # pieces.py traces models, and this asks for the type of what they give
 
 
 class Normalized(nn.Module):
@@ -218,8 +219,8 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 def _load_own(folder: Path, trusted: str | None) -> Classifier:
     about = read_description(folder)
-    module = build(about, folder, trusted)
     try:
+        module = build(about, folder, trusted)
         if about.pruned:
             shape_pruned(module, Classifier(module, about).example, len(about.classes), about.pruned)
         shape_layers(module, about.ranks)
@@ -248,7 +249,7 @@ def read_description(folder: Path) -> Description:
             folded=tuple((str(c), str(n)) for c, n in said["folded"]),
             history=dict(said["history"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ModelError(f"{folder / DESCRIPTION}: damaged: {error!r}") from error
 
 

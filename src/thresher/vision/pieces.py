@@ -41,8 +41,12 @@ def trace(model: nn.Module) -> fx.GraphModule:
 def cut_points(model: nn.Module, example: torch.Tensor) -> list[Cut]:
     """Where it can be parted, in order: before each convolution or block of them, cheap layers still before the cut.
     Raises ModelError."""
-    traced = trace(model)
-    ShapeProp(traced).propagate(example)
+    traced, was_training = trace(model), model.training
+    model.eval()  # the layers are shared: batch norms would learn of the example
+    try:
+        ShapeProp(traced).propagate(example)
+    finally:
+        model.train(was_training)
     nodes = list(traced.graph.nodes)
     place = {node: i for i, node in enumerate(nodes)}
     last_use = [max((place[user] for user in node.users), default=place[node]) for node in nodes]
@@ -73,12 +77,20 @@ def split_at(model: nn.Module, cuts: list[str]) -> list[fx.GraphModule]:
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     ends = list(cuts)
-    for node in traced.graph.nodes:
-        if node.op == "get_attr" and node not in copied:
+
+    def here(node: fx.Node) -> fx.Node:
+        if node not in copied:
+            if node.op != "get_attr":  # a parameter may be read in several pieces, a value only behind its cut
+                at = cuts[len(pieces) - 1] if pieces else ""
+                raise ModelError(f"the model cannot be parted at {at}: more than that is read behind it")
             copied[node] = graph.node_copy(node)
+        return copied[node]
+
+    for node in traced.graph.nodes:
+        if node.op == "get_attr":
             continue
-        copied[node] = graph.node_copy(node, copied.__getitem__)
-        if ends and node.name == ends[0]:
+        copied[node] = graph.node_copy(node, here)
+        if ends and node.name == ends[0] and node.op != "output":
             graph.output(copied[node])
             pieces.append(fx.GraphModule(traced, graph))
             graph = fx.Graph()

@@ -61,13 +61,16 @@ def find_head(model: nn.Module, example: torch.Tensor, classes: int) -> str:
     name = max(order, key=lambda n: order[n], default="")
     if not name or rows_of(model.get_submodule(name)) != classes:
         raise ModelError(f"the last layer ({name or 'none'}) does not give one number for each of {classes} classes")
-    with torch.no_grad():
-        seen: list[torch.Tensor] = []
-        handle = model.get_submodule(name).register_forward_hook(lambda m, i, o: seen.append(o))
-        try:
+    seen: list[torch.Tensor] = []
+    handle = model.get_submodule(name).register_forward_hook(lambda m, i, o: seen.append(o))
+    was_training = model.training
+    model.eval()  # batch norms would learn of the example
+    try:
+        with torch.no_grad():
             logits = unwrap_logits(model(example))
-        finally:
-            handle.remove()
+    finally:
+        model.train(was_training)
+        handle.remove()
     if not torch.equal(seen[-1].flatten(1), logits):
         raise ModelError(f"the model changes what its last layer ({name}) gives: its classes cannot be taken apart")
     return name
@@ -245,8 +248,11 @@ def remove_channels(model: nn.Module, example: torch.Tensor, groups: list[Channe
 def shape_pruned(model: nn.Module, example: torch.Tensor, classes: int, counts: Mapping[str, int]) -> None:
     """Give a fresh model the shapes of a pruned one, in place, for its weights to be loaded: so many logits, and
     channels in each group. Raises UsageError, ModelError."""
-    with torch.no_grad():
-        rows = unwrap_logits(model.eval()(example)).shape[1]
+    try:
+        with torch.no_grad():
+            rows = unwrap_logits(model.eval()(example)).shape[1]
+    except RuntimeError as error:
+        raise ModelError(f"the model does not run on images {list(example.shape[1:])}: {_first_line(error)}") from error
     if not 1 <= classes <= rows:
         raise UsageError(f"the model gives {rows} logits, and {classes} are asked for")
     head = find_head(model, example, rows)
