@@ -97,8 +97,9 @@ def dissect(
     settings: Settings | None = None,
     progress: Progress = _silent,
 ) -> tuple[Dissected, dict[str, Part]]:
-    """Take a network apart along the tree, from the root down; what comes back is not fine-tuned, and its routers know
-    nothing. A branch is pruned for its classes behind the cut it starts at. Raises UsageError, ModelError."""
+    """Take a network apart along the tree, from the root down; what comes back is not fine-tuned, and its routers and
+    leaves of one class know nothing. A branch is pruned for its classes behind the cut it starts at. Raises UsageError,
+    ModelError."""
     settings = settings or Settings()
     if tree.classes != tuple(range(len(whole.about.classes))):
         raise UsageError(f"the tree is not one of the model's {len(whole.about.classes)} classes")
@@ -115,6 +116,8 @@ def dissect(
 
     def descend(key: str, node: Tree, module: nn.Module, held: tuple[int, ...], start: Cut | None) -> None:
         if len(node.classes) == 1:
+            assert start is not None
+            pieces[key] = Router(start.channels, 1)
             return
         progress("taking apart", len(parts), total)
         example, share = whole.example, 1.0
@@ -217,7 +220,7 @@ def recalibrate(module: nn.Module, part: nn.Module, images: Images, batch: int =
     module.eval()
     for norm in norms:
         norm.train()
-    for index in torch.split(order, batch):
+    for index in torch.tensor_split(order, -(-len(order) // batch)):  # alike, and so that none is of one image
         module(images.pixels[index].float() / 255)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

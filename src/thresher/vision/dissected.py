@@ -36,24 +36,27 @@ _MOST_BYTES = 1 << 24  # of PARTS
 
 
 class Router(nn.Module):
-    """Which child a feature map belongs to: a strided convolution, the mean over positions, a linear layer."""
+    """A few numbers from a feature map: two strided convolutions, the mean over positions, a linear layer. Which child
+    it belongs to, or the logit of a leaf of one class."""
 
-    def __init__(self, channels: int, children: int, width: int = 32) -> None:
+    def __init__(self, channels: int, outputs: int, width: int = 32) -> None:
         super().__init__()
-        self.features = conv_bn(channels, width, 3, 2)
-        self.head = nn.Linear(width, children)
+        self.features = nn.Sequential(
+            *(conv_bn(channels, width, 3, 2), nn.ReLU(), conv_bn(width, 2 * width, 3, 2), nn.ReLU())
+        )
+        self.head = nn.Linear(2 * width, outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.head(F.relu(self.features(x)).mean((2, 3)))
+        out: torch.Tensor = self.head(self.features(x).mean((2, 3)))
         return out
 
 
 class Dissected(nn.Module):
-    """The network along a tree. Images give log-probabilities [N, classes]: of the way to a leaf, by the routers, and
-    within it.
+    """The network along a tree. Images give the logits [N, classes] of all leaves, side by side: what the whole network
+    gave.
 
-    pieces: by node (`root`, `root_0`, ...), from its parent's cut to its own or, of a leaf, to logits of its classes in
-    order; a leaf of one class has none. routers: by inner node.
+    pieces: by node (`root`, `root_0`, ...), from its parent's cut to its own or, of a leaf, to the logits of its
+    classes in order; a leaf of one class has a Router of one output. routers: by inner node, for `soft` and `route`.
     """
 
     def __init__(self, tree: Tree, pieces: dict[str, nn.Module], routers: dict[str, nn.Module]) -> None:
@@ -62,21 +65,34 @@ class Dissected(nn.Module):
         self.pieces, self.routers = nn.ModuleDict(pieces), nn.ModuleDict(routers)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self._joined(images, routed=False)
+
+    def soft(self, images: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities [N, classes]: of the way to a leaf, by the routers, and within it."""
+        return self._joined(images, routed=True)
+
+    def _joined(self, images: torch.Tensor, routed: bool) -> torch.Tensor:
         columns: dict[int, torch.Tensor] = {}
 
         def descend(key: str, node: Tree, x: torch.Tensor, way: torch.Tensor) -> None:
-            if len(node.classes) == 1:
-                columns[node.classes[0]] = way
-                return
             x = self.pieces[key](x)
-            below = F.log_softmax(self.routers[key](x) if node.children else unwrap_logits(x), 1) + way[:, None]
             if not node.children:
-                columns.update(zip(node.classes, below.unbind(1), strict=True))
+                logits = F.log_softmax(unwrap_logits(x), 1) + way[:, None] if routed else unwrap_logits(x)
+                columns.update(zip(node.classes, logits.unbind(1), strict=True))
+                return
+            ways = F.log_softmax(self.routers[key](x), 1) + way[:, None] if routed else None
             for i, child in enumerate(node.children):
-                descend(f"{key}_{i}", child, x, below[:, i])
+                descend(f"{key}_{i}", child, x, way if ways is None else ways[:, i])
 
         descend(ROOT, self.tree, images, images.new_zeros(len(images)))
         return torch.stack([columns[i] for i in self.tree.classes], 1)
+
+    def split(self, key: str, images: torch.Tensor) -> torch.Tensor:
+        """Logits [N, children] of one router."""
+        for passed in self.way(key):
+            images = self.pieces[passed](images)
+        out: torch.Tensor = self.routers[key](images)
+        return out
 
     @torch.no_grad()
     def route(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, int]]:
@@ -122,7 +138,7 @@ def keyed(tree: Tree, key: str = ROOT) -> Iterator[tuple[str, Tree]]:
 class Part:
     """What became of a node. cut: the value its children part at, `channels` wide (of a leaf empty and 0); overlap: of
     their impact vectors there; share: of impact that was kept; kept: channels left in each group; macs, parameters: of
-    the network up to its end, without routers."""
+    the network up to its end, without routers. A leaf of one class, which is a Router, has none."""
 
     classes: tuple[int, ...]
     cut: str
@@ -199,6 +215,9 @@ def load_dissected(folder: Path, trusted: str | None = None) -> tuple[Dissected,
             pieces[key] = piece_between(_shaped(about, parts[key], folder, trusted), start, parts[key].cut)
             if children[key]:
                 routers[key] = Router(parts[key].channels, children[key])
+        for key, node in keyed(tree):
+            if len(node.classes) == 1:
+                pieces[key] = Router(parts[key.rpartition("_")[0]].channels, 1)
     except (UsageError, ModelError) as error:
         raise ModelError(f"{folder}: {error}") from error
     net = Dissected(tree, pieces, routers)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from thresher.errors import UsageError
 from thresher.evaluation.statistics import Interval, wilson
@@ -38,12 +39,15 @@ from thresher.vision.grouping import (
 from thresher.vision.hierarchy import Tree, agglomerate, cut
 from thresher.vision.impact import measure_impact
 from thresher.vision.layers import count_macs, count_parameters, weights_digest
-from thresher.vision.models import Classifier, load_classifier, save_classifier
+from thresher.vision.models import Classifier, Description, load_classifier, save_classifier
 from thresher.vision.pipeline import Progress, check_data, silent
 from thresher.vision.prune import channel_groups, find_head, restrict_head
 from thresher.vision.taxonomy import Taxonomy
 
-WHOLE, LEAVES, TUNING, TREE_TRAINING = "whole", "leaves", "tuning", "finetune"  # folders within the result's
+WHOLE, LEAVES = "whole", "leaves"  # folders within the result's
+TUNING, TREE_TRAINING, ROUTERS = "tuning", "finetune", "routers"
+
+ROUTER_LR = 0.05  # they start from nothing
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,11 @@ class Leaf:
 class Hierarchy:
     """What `make_hierarchy` made.
 
-    accuracy: of the test images, of `whole` (as given), `tuned`, `routed` (all branches, weighted) and `hard` (the
-    likeliest branch only); costs: multiply-adds and parameters of `whole`, `tree` (all branches) and, multiply-adds
-    alone, `hard` on average; visual: by kind of distance, how far the tuned network's groups follow WordNet, and
-    `before` those of the network as given, by impact; taxonomy: the groups of WordNet's own tree.
+    accuracy: of the test images, of `whole` (as given), `tuned`, `all` (all leaves' logits side by side), `soft` (all
+    leaves, weighted by the routers) and `hard` (the likeliest leaf only); costs: multiply-adds and parameters of
+    `whole`, `all` and, multiply-adds alone, `hard` on average; coherence: by kind of distance, how far the tuned
+    network's groups follow WordNet, and `before` those of the network as given, by impact; taxonomy: the groups of
+    WordNet's own tree.
     """
 
     net: Dissected
@@ -193,9 +198,10 @@ def make_hierarchy(
         folder=folder / TREE_TRAINING,
         progress=lambda done, total: progress("training the tree", done, total),
     )
+    train_routers(net, data, tune, folder / ROUTERS, progress)
     accuracy, costs = _measure(whole, tuned, net, data.test)
     about = replace(tuned.about, history={})
-    leaves = _save_leaves(whole, net, about, parts, data.test, folder / LEAVES, batches, progress)
+    leaves = _save_leaves(whole, net, about, parts, data, tune, folder, batches, progress)
     asked = {
         "dissect": asdict(settings),
         "finetune": asdict(tune),
@@ -227,25 +233,75 @@ def _right(model: torch.nn.Module, images: Images, classes: Sequence[int] | None
     return wilson(round(share * count), count)
 
 
+class _Split(nn.Module):
+    """A router behind the pieces it reads, which stay as they are."""
+
+    def __init__(self, net: Dissected, key: str) -> None:
+        super().__init__()
+        self.before = nn.Sequential(*(net.pieces[k] for k in net.way(key)))
+        self.router = net.routers[key]
+
+    def train(self, mode: bool = True) -> "_Split":
+        super().train(mode)
+        self.before.eval()
+        return self
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            features = self.before(images)
+        out: torch.Tensor = self.router(features)
+        return out
+
+
+def train_routers(
+    net: Dissected, data: Splits, tune: tuning.Settings, folder: Path, progress: Progress = silent
+) -> None:
+    """Each on the images of its node's classes, to tell the children apart; nothing else of the network changes. Raises
+    UsageError, StorageError."""
+    settings = replace(tune, objective="cross-entropy", lr=ROUTER_LR)
+    for key, node in keyed(net.tree):
+        if node.children:
+            tuning.finetune(
+                _Split(net, key),
+                _by_child(data.train, node),
+                _by_child(data.validation, node),
+                settings,
+                folder=folder / key,
+                progress=lambda done, total: progress("training routers", done, total),
+            )
+
+
+def _by_child(images: Images, node: Tree) -> Images:
+    chosen = select(images, node.classes)
+    child = {c: i for i, below in enumerate(node.children) for c in below.classes}
+    labels = torch.tensor([child[c] for c in node.classes])[chosen.labels]
+    return Images(chosen.pixels, labels, tuple(f"{i}" for i in range(len(node.children))))
+
+
 def _measure(
     whole: Classifier, tuned: Classifier, net: Dissected, test: Images
 ) -> tuple[dict[str, Interval], dict[str, dict[str, float]]]:
-    right, seen = 0, dict[str, int]()
+    right = {"soft": 0, "hard": 0}
+    seen: dict[str, int] = {}
     for pixels, labels in zip(torch.split(test.pixels, 256), torch.split(test.labels, 256), strict=True):
-        given, counts = net.route(pixels.float() / 255)
-        right += int((given == labels).sum())
+        images = pixels.float() / 255
+        given, counts = net.route(images)
+        right["hard"] += int((given == labels).sum())
+        with torch.no_grad():
+            right["soft"] += int((net.soft(images).argmax(1) == labels).sum())
         seen = {key: seen.get(key, 0) + counts.get(key, 0) for key in seen | counts}
     accuracy = {"whole": _right(whole.module, test)}
     if tuned is not whole:
         accuracy["tuned"] = _right(tuned.module, test)
-    accuracy |= {"routed": _right(net, test), "hard": wilson(right, len(test))}
+    accuracy |= {"all": _right(net, test)} | {k: wilson(n, len(test)) for k, n in right.items()}
+    count = sum(count_parameters(piece) for piece in net.pieces.values())
     costs = {
         "macs": {
             "whole": float(count_macs(whole.module, whole.example)),
-            "routed": float(count_macs(net, whole.example)),
+            "all": float(count_macs(net, whole.example)),
             "hard": expected_macs(net, whole.example, seen, len(test)),
         },
-        "parameters": {"whole": float(count_parameters(whole.module)), "routed": float(count_parameters(net))},
+        "parameters": {"whole": float(count_parameters(whole.module)), "all": float(count)},
     }
     return accuracy, costs
 
@@ -253,22 +309,47 @@ def _measure(
 def _save_leaves(
     whole: Classifier,
     net: Dissected,
-    about: Any,
+    about: Description,
     parts: dict[str, Part],
-    test: Images,
+    data: Splits,
+    tune: tuning.Settings,
     folder: Path,
     batches: tuple[int, ...],
     progress: Progress,
 ) -> list[Leaf]:
+    """Each leaf as a model of its own, trained once more on the images of its classes alone; in the tree it stays as it
+    is."""
     found = []
-    ends = [(key, node) for key, node in keyed(net.tree) if not node.children and len(node.classes) > 1]
-    for i, (key, node) in enumerate(ends):
-        progress("exporting leaves", i, len(ends))
+    for key, node in keyed(net.tree):
+        if node.children or len(node.classes) == 1:
+            continue
         leaf = leaf_classifier(net, about, parts, key, whole.module)
         name = leaf_name(key, node, about.classes)
-        found.append(_leaf(name, leaf, whole, test, node.classes, folder / name, batches))
-    progress("exporting leaves", len(ends), len(ends))
+        _finetune_for(leaf.module, whole, node.classes, data, tune, folder / LEAVES / name / TUNING, progress)
+        found.append(_leaf(name, leaf, whole, data.test, node.classes, folder / LEAVES / name, batches))
     return found
+
+
+def _finetune_for(
+    module: nn.Module,
+    whole: Classifier,
+    classes: tuple[int, ...],
+    data: Splits,
+    tune: tuning.Settings,
+    folder: Path,
+    progress: Progress,
+) -> None:
+    """On the images of these classes alone, from what the whole network says among them."""
+    tuning.finetune(
+        module,
+        select(data.train, classes),
+        select(data.validation, classes),
+        tune,
+        Restricted(whole.module, classes),
+        folder=folder,
+        progress=lambda done, total: progress("training leaves", done, total),
+    )
+    module.eval()
 
 
 def _leaf(
@@ -362,23 +443,13 @@ def _pruned(
     progress: Progress,
 ) -> Classifier:
     made = _restricted(whole, list(classes))
-    train, validation = select(data.train, classes), select(data.validation, classes)
+    validation = select(data.validation, classes)
     least = restricted_accuracy(whole.module, data.validation, classes) - settings.fall
-    limits = (
-        settings.flops * count_macs(whole.module, whole.example),
-        settings.parameters * count_parameters(whole.module),
-    )
+    macs, parameters = count_macs(whole.module, whole.example), count_parameters(whole.module)
+    limits = settings.flops * macs, settings.parameters * parameters
     sample = select(data.train, classes, settings.images)
     module, share = prune_for(made.module, made.example, sample, validation, None, least, limits, settings)
-    tuning.finetune(
-        module,
-        train,
-        validation,
-        tune or tuning.Settings("soft", epochs=5),
-        Restricted(whole.module, classes),
-        folder=out / TUNING,
-        progress=lambda done, total: progress("fine-tuning", done, total),
-    )
+    _finetune_for(module, whole, classes, data, tune or tuning.Settings("soft", epochs=5), out / TUNING, progress)
     groups, _ = channel_groups(module, made.example, find_head(module, made.example, len(classes)))
     history = {"extracted": {"share": share, "from": weights_digest(whole.module)}}
     pruned = {g.name: g.channels for g in groups}
