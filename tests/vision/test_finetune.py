@@ -9,7 +9,7 @@ from thresher.errors import StorageError, UsageError
 from thresher.vision import finetune as module
 from thresher.vision.data import Images
 from thresher.vision.decompose import all_bases, decompose
-from thresher.vision.finetune import CHECKPOINT, CURVE, Settings, accuracy, captured, finetune, predict
+from thresher.vision.finetune import CHECKPOINT, CURVE, Settings, accuracy, captured, finetune, predict, training_layout
 from thresher.vision.layers import survey
 from thresher.vision.losses import OBJECTIVES
 from thresher.vision.nets import ResNet
@@ -181,3 +181,10 @@ def test_hooks_are_gone_afterwards(teacher):
         teacher(torch.rand(2, 1, 12, 12))
         assert outputs[0].shape == (2, 8, 6, 6)
     assert not teacher.blocks[0]._forward_hooks
+
+
+@pytest.mark.parametrize(("channels", "stride", "layout"), [
+    (7, 2, torch.contiguous_format), (8, 2, torch.channels_last), (7, 1, torch.channels_last),
+])  # fmt: skip
+def test_layout_where_channels_last_would_corrupt_memory(channels, stride, layout):
+    assert training_layout(torch.nn.Sequential(torch.nn.Conv2d(channels, 4, 1, stride))) == layout

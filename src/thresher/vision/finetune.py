@@ -108,6 +108,14 @@ def captured(model: nn.Module, layers: list[str]) -> Iterator[list[torch.Tensor]
             handle.remove()
 
 
+def training_layout(model: nn.Module) -> torch.memory_format:
+    """How images and weights lie while a model trains: channels last, which CPUs like, but for models with a strided 1x1
+    convolution of fewer than 8 inputs, whose gradient corrupts memory there (oneDNN issue 6035)."""
+    points = (m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1))
+    unsafe = any(max(m.stride) > 1 and m.in_channels < 8 for m in points)
+    return torch.contiguous_format if unsafe else torch.channels_last
+
+
 @contextmanager
 def read_by(model: nn.Module, layer: str | None) -> Iterator[list[torch.Tensor]]:
     """What a layer reads, at each forward within; nothing without a layer."""
@@ -157,7 +165,8 @@ def finetune(
     if objective.needs_features and not layers:
         raise UsageError(f"the loss {settings.objective} compares layers, and none was decomposed")
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    channels_last(student)
+    layout = training_layout(student)
+    student.to(memory_format=layout)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(
         student.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay, nesterov=True
     )
@@ -189,7 +198,7 @@ def finetune(
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * _schedule(step, steps)
             images = augment(images.cpu(), settings.pad, generator).to(accelerator.device)
-            images = images.contiguous(memory_format=torch.channels_last)
+            images = images.contiguous(memory_format=layout)
             loss = _loss(settings, model, student, teacher, compared, images, labels, generator, taxonomy)
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):

@@ -261,7 +261,7 @@ def write_description(about: Description, folder: Path) -> None:
 
 def _three(values: Any) -> tuple[int, int, int]:
     channels, height, width = map(int, values)
-    if min(channels, height, width) < 1 or channels * height * width > 1 << 26:
+    if min(channels, height, width) < 1 or channels * height * width > 1 << 22:
         raise ValueError(f"shape {values}")
     return channels, height, width
 

@@ -49,40 +49,46 @@ def write_report(folder: Path, page: Path) -> Folder:
     """Write a page (.html), and beside it a picture (.png) and the layers (.csv), of what `tucker` wrote to a folder
     and `robustness.keep` added. Raises ModelError, StorageError."""
     found = read_folder(folder)
-    text, table = _render(found, page.with_suffix(".png"))
+    picture = page.with_suffix(".png")
     try:
-        for path, content in ((page, text), (page.with_suffix(".csv"), table)):
+        _draw(found, picture)
+        body = [
+            image(picture, "What is left of costs, of each layer, and of accuracy under attack"),
+            "<h2>Costs</h2>",
+            table(("", "before", "after", "left"), _cost_rows(found)),
+            "<h2>Accuracy</h2>",
+            table(("", "test images right"), _accuracy_rows(found)),
+            "<h2>Robust accuracy</h2>",
+            _robust(found),
+            _checks(found),
+            "<h2>Layers</h2>",
+            table(("layer", "how", "channels", "ranks", "error", "FLOPs left", "parameters left"), _layers(found)),
+        ]
+        about, rows = _about(found), _csv(found)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise ModelError(f"{found.name}: its {DESCRIPTION} or {KEPT} is damaged: {error!r}") from error
+    write_page(page, found.name, "a decomposed CNN", about, body, rows)
+    return found
+
+
+def write_page(page: Path, title: str, kind: str, about: str, body: list[str], rows: str) -> None:
+    """The page of these parts of HTML, and its numbers (.csv) beside it. Raises StorageError."""
+    template = Template(files("thresher.vision").joinpath("report.html").read_text(encoding="utf-8"))
+    text = template.substitute(title=escape(title), kind=kind, about=escape(about), body="\n".join(body))
+    try:
+        for path, content in ((page, text), (page.with_suffix(".csv"), rows)):
             replaced(path, partial(_write, content))
     except OSError as error:
         raise StorageError(f"{page}: cannot be written: {error.strerror}") from error
-    return found
 
 
 def _write(content: str, part: Path) -> None:
     part.write_text(content, encoding="utf-8")
 
 
-def _render(found: Folder, picture: Path) -> tuple[str, str]:
-    """The page, and the layers as CSV; the picture is written. Raises ModelError for a damaged folder."""
-    try:
-        _draw(found, picture)
-        template = Template(files("thresher.vision").joinpath("report.html").read_text(encoding="utf-8"))
-        image = base64.b64encode(picture.read_bytes()).decode()
-        page = template.substitute(
-            title=escape(found.name),
-            about=escape(_about(found)),
-            costs=_table(("", "before", "after", "left"), _cost_rows(found)),
-            accuracy=_table(("", "test images right"), _accuracy_rows(found)),
-            robust=_robust(found),
-            checks=_checks(found),
-            layers=_table(
-                ("layer", "how", "channels", "ranks", "error", "FLOPs left", "parameters left"), _layers(found)
-            ),
-            image=image,
-        )
-        return page, _csv(found)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise ModelError(f"{found.name}: its {DESCRIPTION} or {KEPT} is damaged: {error!r}") from error
+def image(picture: Path, alt: str) -> str:
+    """A PNG as part of the page."""
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}">'
 
 
 def _about(found: Folder) -> str:
@@ -116,13 +122,13 @@ def _robust(found: Folder) -> str:
     rival = any(row["rival"] for row in found.attacks["rows"])
     rows = []
     for row in found.attacks["rows"]:
-        cells = [row["attack"], f"{row['epsilon']:.3g}", _interval(row["accuracy"])]
+        cells = [row["attack"], f"{row['epsilon']:.3g}", interval(row["accuracy"])]
         if rival:
-            cells += [_interval(row["rival"]), _interval(row["difference"], "+"), f"{row['p']:.2g}"]
+            cells += [interval(row["rival"]), interval(row["difference"], "+"), f"{row['p']:.2g}"]
         rows.append(cells)
     head = ("attack", "epsilon", "this model") + (("the other", "difference", "p") if rival else ())
     text = f"<p>{found.attacks['images']} test images; % still right, 95 % interval; p: McNemar's exact test.</p>"
-    text += _table(head, rows)
+    text += table(head, rows)
     for d in found.attacks["distances"]:
         said = f"{d['model']}, {d['attack']}: median L2 distance {d['median']:.3f}"
         text += f"<p>{escape(said)}, {d['failed']:d} of {d['attacked']:d} failed</p>"
@@ -136,7 +142,7 @@ def _checks(found: Folder) -> str:
     for c in found.attacks["checks"]:
         numbers = ", ".join(f"{name} {value:.3f}" for name, value in c["numbers"].items())
         rows.append(["passed" if c["passed"] else "FAILED", c["name"], c["rule"], numbers])
-    return "<h2>Are gradients masked?</h2>" + _table(("", "check", "rule", "numbers"), rows, "words")
+    return "<h2>Are gradients masked?</h2>" + table(("", "check", "rule", "numbers"), rows, "words")
 
 
 def _layers(found: Folder) -> list[list[str]]:
@@ -150,11 +156,13 @@ def _layers(found: Folder) -> list[list[str]]:
     return rows
 
 
-def _interval(value: dict[str, float], sign: str = "") -> str:
+def interval(value: dict[str, float], sign: str = "") -> str:
+    """An interval of shares in %."""
     return f"{100 * value['mean']:{sign}.1f} ({100 * value['low']:{sign}.1f} to {100 * value['high']:{sign}.1f})"
 
 
-def _table(head: tuple[str, ...], rows: list[list[str]], kind: str = "numbers") -> str:
+def table(head: tuple[str, ...], rows: list[list[str]], kind: str = "numbers") -> str:
+    """HTML; kind: of the columns, numbers or words."""
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
