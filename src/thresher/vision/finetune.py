@@ -109,8 +109,8 @@ def captured(model: nn.Module, layers: list[str]) -> Iterator[list[torch.Tensor]
 
 
 def training_layout(model: nn.Module) -> torch.memory_format:
-    """How images and weights lie while a model trains: channels last, which CPUs like, but for models with a strided 1x1
-    convolution of fewer than 8 inputs, whose gradient corrupts memory there (oneDNN issue 6035)."""
+    """How images and weights lie while a model trains: channels last, which CPUs like, but for models with a strided
+    1x1 convolution of fewer than 8 inputs, whose gradient corrupts memory there (oneDNN issue 6035)."""
     points = (m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1))
     unsafe = any(max(m.stride) > 1 and m.in_channels < 8 for m in points)
     return torch.contiguous_format if unsafe else torch.channels_last
