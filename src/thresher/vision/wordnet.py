@@ -47,8 +47,9 @@ _PARTS = {"noun": 1, "verb": 2, "adj": 3, "adv": 4}
 _MOST_BYTES = 1 << 20  # of a file of synsets
 
 
+@lru_cache(maxsize=4)
 def open_wordnet(folder: Path = WORDNET) -> Any:
-    """nltk's WordNetCorpusReader of a folder with WordNet's database files. Raises UsageError.
+    """nltk's WordNetCorpusReader of a folder with WordNet's database files, the same one each time. Raises UsageError.
 
     The folder is appended to nltk.data.path, outside of which nltk reads nothing (nor through links that lead out of
     it); `lexnames` is made up here where the folder has none.
