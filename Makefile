@@ -23,7 +23,7 @@ $(VENV)/.deps: constraints.txt pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.deps $(SOURCES)
-	$(PIP) --no-build-isolation -e '.[dev]'
+	$(PIP) --no-warn-conflicts --no-build-isolation -e '.[dev]'
 	@touch $@
 
 install: $(VENV)/.installed  ## Virtual environment, compiled kernels, embedded model

@@ -136,7 +136,7 @@ def test_attack_and_report(smaller, teacher, data, tmp_path):
         (("--weighted",), 2, "images are needed"),
         (("--leave", "blocks"), 2, "no convolution of the model can be decomposed"),
         (("--batches", "x"), 2, "give whole numbers"),
-        (("--data", "nowhere"), 2, "neither fashion-mnist nor a folder"),
+        (("--data", "nowhere"), 2, "neither fashion-mnist, animals, fashion-animals nor a folder"),
     ],
 )
 def test_tucker_says_what_is_wrong(teacher, tmp_path, options, code, words):

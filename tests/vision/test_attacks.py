@@ -1,3 +1,4 @@
+import json
 import math
 import sys
 from dataclasses import replace
@@ -21,6 +22,9 @@ from thresher.vision.attacks import (
     parse_attacks,
     transfer,
 )
+from thresher.vision.data import Images
+from thresher.vision.models import Classifier, Description
+from thresher.vision.robustness import attack
 
 pytest.importorskip("torchattacks")
 SHAPE = (2, 4, 4)
@@ -592,3 +596,21 @@ def test_without_the_library(monkeypatch):
     images = pictures(5)
     with pytest.raises(UsageError, match=r"pip install 'thresher\[vision\]'"):
         evaluate(linear(2), images, predicted(linear(2), images), "fgsm", [0.1])
+
+
+def test_a_report_in_which_every_attack_failed_is_json():
+    class Sure(torch.nn.Module):
+        """The first class, whatever it sees."""
+
+        def __init__(self):
+            super().__init__()
+            self.logits = torch.nn.Parameter(torch.tensor([5.0, 0.0]))
+
+        def forward(self, x):
+            return self.logits.expand(len(x), 2) + 0 * x.flatten(1).sum(1, keepdim=True)
+
+    classifier = Classifier(Sure(), Description("test", ("a", "b"), (1, 4, 4)))
+    images = Images(torch.randint(256, (4, 1, 4, 4), dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), ("a", "b"))
+    report = attack(classifier, images, "deepfool", [], check=False)
+    assert [(d["median"], d["attacked"], d["failed"]) for d in report.distances] == [(None, 4, 4)]
+    json.dumps(report.summary(), allow_nan=False)

@@ -96,7 +96,7 @@ def _show(found: "Report", against: str | None) -> None:
         table.add_row(*cells)
     stderr.print(table)
     for d in found.distances:
-        median = f"median L2 distance {d['median']:.3f}"
+        median = "median L2 distance " + ("none" if d["median"] is None else f"{d['median']:.3f}")
         say(f"{d['model']}, {d['attack']}: {median}, {d['failed']} of {d['attacked']} failed")
     for c in found.checks:
         say(f"{'passed' if c['passed'] else 'FAILED'}: {c['name']} ({_numbers(c['numbers'])})")

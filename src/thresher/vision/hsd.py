@@ -171,6 +171,8 @@ def make_hierarchy(
     UsageError, ModelError, StorageError.
     """
     check_data(whole, data)
+    if tuning.processes().num_processes > 1:
+        raise UsageError("a network is taken apart by one process: start it without torchrun")
     settings, tune = settings or Settings(), tune or tuning.Settings("soft", epochs=5)
     if whole.about.ranks or whole.about.folded or whole.about.pruned:
         raise UsageError(

@@ -42,7 +42,7 @@ def read_folder(folder: Path) -> Folder:
         attacks = json.loads((folder / KEPT).read_text()) if (folder / KEPT).is_file() else None
         return Folder(folder.name, about, history["tucker"], history["finetune"], attacks)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder}: holds no result of `thresher vision tucker`: {error!r}") from error
+        raise ModelError(f"{folder}: holds no result of `thresher vision tucker` or `hierarchy`") from error
 
 
 def write_report(folder: Path, page: Path) -> Folder:
@@ -130,7 +130,8 @@ def _robust(found: Folder) -> str:
     text = f"<p>{found.attacks['images']} test images; % still right, 95 % interval; p: McNemar's exact test.</p>"
     text += table(head, rows)
     for d in found.attacks["distances"]:
-        said = f"{d['model']}, {d['attack']}: median L2 distance {d['median']:.3f}"
+        median = "none" if d["median"] is None else f"{d['median']:.3f}"
+        said = f"{d['model']}, {d['attack']}: median L2 distance {median}"
         text += f"<p>{escape(said)}, {d['failed']:d} of {d['attacked']:d} failed</p>"
     return text
 

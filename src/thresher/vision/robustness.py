@@ -1,6 +1,7 @@
 """A classifier under attack beside another one, as a report that is kept: rows, distances, transfer and checks."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,7 +87,13 @@ def attack(
             row = _row(for_us, for_them)
             rows.append(Row(f"{row.attack} transfer", *list(vars(row).values())[1:]))
     distances = [
-        {"model": name, "attack": d.attack, "median": d.median, "attacked": d.attacked, "failed": d.failed}
+        {
+            "model": name,
+            "attack": d.attack,
+            "median": d.median if math.isfinite(d.median) else None,  # nothing was attacked, or most attacks failed
+            "attacked": d.attacked,
+            "failed": d.failed,
+        }
         for name, found in (("the model", ours), ("the other", theirs))
         if found
         for d in found.distances
