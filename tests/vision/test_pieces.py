@@ -243,3 +243,22 @@ def test_pieces_learn_in_the_modes_of_the_whole():
     before = net.features[0][1].running_mean.clone()
     assert not torch.equal(together(IMAGES), together(IMAGES))
     assert not torch.equal(net.features[0][1].running_mean, before)
+
+
+def test_layers_of_a_subclass_are_layers():
+    class Padded(nn.Conv2d):
+        """Pads by itself, as EfficientNet's convolutions do."""
+
+        def forward(self, x):
+            return self._conv_forward(nn.functional.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
+
+    net = nn.Sequential(
+        *(Padded(3, 8, 3), nn.ReLU(), Padded(8, 8, 3), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)),
+    )
+    (cut,) = cut_points(net, torch.rand(1, 3, 8, 8))
+    assert cut.before == {"0"}
+    front, back = split_at(net, [cut.name])
+    images = torch.rand(2, 3, 8, 8)
+    assert torch.equal(back(front(images)), net(images))
+    assert set(back.state_dict()) == {"2.weight", "2.bias", "6.weight", "6.bias"}

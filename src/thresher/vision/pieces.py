@@ -23,11 +23,18 @@ class Cut:
     before: frozenset[str]
 
 
+class _Tracer(fx.Tracer):
+    """Layers are not looked into, those of a user's own subclasses neither."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.Conv2d | nn.Linear | nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+
+
 def trace(model: nn.Module) -> fx.GraphModule:
     """The graph of a model in eval mode, its layers the same objects. Raises ModelError that says where it fails."""
     was_training = model.training
     try:
-        return fx.symbolic_trace(model.eval())
+        return fx.GraphModule(model, _Tracer().trace(model.eval()))
     except Exception as error:  # of the tracer, or of the model's code that meets its proxies
         own = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
         where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})" if len(own) > 1 else ""
