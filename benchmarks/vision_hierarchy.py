@@ -19,8 +19,7 @@ import torch
 from scipy.stats import mannwhitneyu
 
 from thresher.vision import Finetuning, load_classifier, load_splits
-from thresher.vision.data import Splits
-from thresher.vision.dissect import select
+from thresher.vision.data import Splits, select
 from thresher.vision.finetune import accuracy, predict
 from thresher.vision.grouping import Semantics, coherence, read_semantics
 from thresher.vision.hierarchy import random_tree

@@ -85,10 +85,16 @@ def test_hierarchy(parts):
 
 
 @needs_wordnet
-def test_a_leaf_is_a_model_like_any(parts):
-    leaf = load_classifier(str(parts[0] / "leaves" / "1-carnivore"))
-    assert leaf.about.classes == ("cat", "dog")
-    assert (parts[0] / "leaves" / "1-carnivore" / "model.onnx").is_file()
+def test_a_leaf_is_a_model_like_any(parts, data):
+    folder = parts[0] / "leaves" / "1-carnivore"
+    assert load_classifier(str(folder)).about.classes == ("cat", "dog")
+    assert (folder / "model.onnx").is_file()
+    done = call(
+        *("vision", "attack", folder, "--data", data, "--attacks", "fgsm", "--epsilons", "0.1", "--no-check"),
+        *("--threads", 1, "--json", "-"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["images"] == 50  # of its two classes
 
 
 @needs_wordnet

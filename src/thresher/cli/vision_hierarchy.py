@@ -100,7 +100,7 @@ def hierarchy(
         with stderr.status("looking classes up in WordNet"):
             semantics = read_semantics(whole.about.classes, synsets)
     chosen = _tree(tree, whole.about.classes)
-    images = read_data(data, whole.about.shape[1], whole.about.shape[0])
+    images = read_data(data, whole.about.shape[1], whole.about.shape[0], whole.about.classes)
     with Bars() as bars:
         made = make_hierarchy(
             whole, images, semantics, out, settings, tune, following, chosen, groups, sizes, bars

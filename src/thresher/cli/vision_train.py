@@ -57,12 +57,12 @@ Model = Annotated[
 ]
 
 
-def read_data(name: str, size: int | None, channels: int = 3) -> "Splits":
-    """The data, pictures of a folder in this size."""
-    from thresher.vision.data import load_splits
+def read_data(name: str, size: int | None, channels: int = 3, classes: tuple[str, ...] = ()) -> "Splits":
+    """The data, pictures of a folder in this size; of a model's `classes` alone, where there are others too."""
+    from thresher.vision.data import for_classes, load_splits
 
     with stderr.status("reading the images"):
-        return load_splits(name, size, channels=channels)
+        return for_classes(load_splits(name, size, channels=channels), classes)
 
 
 def prepare(threads: int | None, out: Path | None) -> None:

@@ -108,7 +108,7 @@ def tucker(
     prepare(threads, out)
     whole = source.load(model)
     tutor = source.load(teacher, other=True) if teacher else None
-    images = read_data(data, whole.about.shape[1], whole.about.shape[0]) if data else None
+    images = read_data(data, whole.about.shape[1], whole.about.shape[0], whole.about.classes) if data else None
     with Bars() as bars:
         outcome = run(whole, settings, out, images, tune, tutor, fold, sizes, bars)
     if not outcome.exports:  # one of several processes, and not the first

@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +73,29 @@ class Splits:
     train: Images
     validation: Images
     test: Images
+
+
+def select(images: Images, classes: Sequence[int], most: int | None = None) -> Images:
+    """The images of these classes, labelled 0, 1, ... in their order; of each at most so many, the first ones. Raises
+    UsageError where a class has none."""
+    found = [(images.labels == c).nonzero()[:most, 0] for c in classes]
+    missing = [images.classes[c] for c, index in zip(classes, found, strict=True) if not len(index)]
+    if missing:
+        raise UsageError(f"there are no images of {', '.join(missing[:5])}")
+    labels = torch.cat([torch.full((len(index),), i) for i, index in enumerate(found)])
+    index = torch.cat(found)
+    order = index.argsort()
+    return Images(images.pixels[index[order]], labels[order], tuple(images.classes[c] for c in classes))
+
+
+def for_classes(splits: Splits, classes: tuple[str, ...]) -> Splits:
+    """The images of a model's classes, labelled as it numbers them, where the data has all of these by name; else the
+    splits as they are. Raises UsageError."""
+    known = splits.train.classes
+    if not classes or classes == known or not set(classes) <= set(known):
+        return splits
+    chosen = [known.index(name) for name in classes]
+    return Splits(select(splits.train, chosen), select(splits.validation, chosen), select(splits.test, chosen))
 
 
 def load_splits(name: str, size: int | None = None, validation: int = 5000, channels: int = 3) -> Splits:

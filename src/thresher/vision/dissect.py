@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from thresher.errors import UsageError
-from thresher.vision.data import Images
+from thresher.vision.data import Images, select
 from thresher.vision.dissected import ROOT, Dissected, Part, Router, piece_between
 from thresher.vision.finetune import accuracy, predict
 from thresher.vision.hierarchy import Tree
@@ -53,19 +53,6 @@ class Settings:
             raise UsageError(
                 f"overlap is in [0, 1], multiple and images begin at 1, and methods are {', '.join(METHODS)}"
             )
-
-
-def select(images: Images, classes: Sequence[int], most: int | None = None) -> Images:
-    """The images of these classes, labelled 0, 1, ... in their order; of each at most so many, the first ones. Raises
-    UsageError where a class has none."""
-    found = [(images.labels == c).nonzero()[:most, 0] for c in classes]
-    missing = [images.classes[c] for c, index in zip(classes, found, strict=True) if not len(index)]
-    if missing:
-        raise UsageError(f"there are no images of {', '.join(missing[:5])}")
-    labels = torch.cat([torch.full((len(index),), i) for i, index in enumerate(found)])
-    index = torch.cat(found)
-    order = index.argsort()
-    return Images(images.pixels[index[order]], labels[order], tuple(images.classes[c] for c in classes))
 
 
 def restricted_accuracy(model: nn.Module, images: Images, classes: Sequence[int]) -> float:

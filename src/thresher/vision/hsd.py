@@ -15,8 +15,8 @@ from thresher.errors import UsageError
 from thresher.evaluation.statistics import Interval, wilson
 from thresher.vision import finetune as tuning
 from thresher.vision.compress import latencies
-from thresher.vision.data import Images, Splits
-from thresher.vision.dissect import Restricted, Settings, dissect, prune_for, restricted_accuracy, select
+from thresher.vision.data import Images, Splits, select
+from thresher.vision.dissect import Restricted, Settings, dissect, prune_for, restricted_accuracy
 from thresher.vision.dissected import (
     Dissected,
     Part,
