@@ -45,7 +45,14 @@ def hierarchy(
             "labels (relatives share probability), levels (a loss for every level), or none."
         ),
     ] = "align",
-    weight: Annotated[float, typer.Option(help="Of that beside the other losses.", min=0)] = 1.0,
+    weight: Annotated[
+        float | None,
+        typer.Option(
+            help="Of that beside the other losses. Default: 10 of align, 0.2 of labels, 0.5 of levels.",
+            min=0,
+            show_default=False,
+        ),
+    ] = None,
     tree: Annotated[
         str,
         typer.Option(
@@ -83,6 +90,7 @@ def hierarchy(
     from thresher.vision.finetune import Settings as Tuning
     from thresher.vision.grouping import read_semantics
     from thresher.vision.hsd import Follow, make_hierarchy
+    from thresher.vision.taxonomy import WEIGHTS
 
     if taxonomy not in ("wordnet", "none"):
         raise UsageError(f"--taxonomy {taxonomy}: wordnet or none")
@@ -92,7 +100,8 @@ def hierarchy(
     settings = Settings(fall, flops, parameters, overlap, multiple, method)
     tune = Tuning("soft", epochs, batch, lr, pad=pad, seed=seed)
     learn = Tuning("soft", tune_epochs, batch, lr, pad=pad, seed=seed)
-    following = Follow(follow, weight, tune=learn) if follow != "none" and taxonomy == "wordnet" else None
+    strength = WEIGHTS.get(follow, 1.0) if weight is None else weight
+    following = Follow(follow, strength, tune=learn) if follow != "none" and taxonomy == "wordnet" else None
     prepare(threads, out)
     whole = source.load(model)
     semantics = None

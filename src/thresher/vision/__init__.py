@@ -9,6 +9,7 @@ makes a tree of sub-networks, `extract` one for a few classes, `write_tree_repor
 from thresher.vision.compress import Settings as Compression
 from thresher.vision.data import Images, Splits, images_of, load_splits
 from thresher.vision.dissect import Settings as Dissection
+from thresher.vision.dissected import load_dissected
 from thresher.vision.finetune import Settings as Finetuning
 from thresher.vision.grouping import read_semantics
 from thresher.vision.hsd import Follow, extract, make_hierarchy
@@ -32,6 +33,7 @@ __all__ = [
     "extract",
     "images_of",
     "load_classifier",
+    "load_dissected",
     "load_splits",
     "make_hierarchy",
     "read_semantics",

@@ -87,13 +87,6 @@ class Dissected(nn.Module):
         descend(ROOT, self.tree, images, images.new_zeros(len(images)))
         return torch.stack([columns[i] for i in self.tree.classes], 1)
 
-    def split(self, key: str, images: torch.Tensor) -> torch.Tensor:
-        """Logits [N, children] of one router."""
-        for passed in self.way(key):
-            images = self.pieces[passed](images)
-        out: torch.Tensor = self.routers[key](images)
-        return out
-
     @torch.no_grad()
     def route(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, int]]:
         """Only the likeliest child is run at each split: classes [N], and how many images each piece and router saw."""

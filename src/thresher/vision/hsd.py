@@ -11,20 +11,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from thresher.errors import UsageError
+from thresher.errors import ModelError, UsageError
 from thresher.evaluation.statistics import Interval, wilson
 from thresher.vision import finetune as tuning
 from thresher.vision.compress import latencies
 from thresher.vision.data import Images, Splits, select
 from thresher.vision.dissect import Restricted, Settings, dissect, prune_for, restricted_accuracy
 from thresher.vision.dissected import (
+    PARTS,
+    TREE,
     Dissected,
     Part,
     expected_macs,
     keyed,
     leaf_classifier,
     leaf_name,
-    load_dissected,
     save_dissected,
 )
 from thresher.vision.grouping import (
@@ -36,18 +37,19 @@ from thresher.vision.grouping import (
     impact_distance,
     weight_distance,
 )
-from thresher.vision.hierarchy import Tree, agglomerate, cut
+from thresher.vision.hierarchy import Tree, agglomerate, cut, groups_of, read_tree
 from thresher.vision.impact import measure_impact
 from thresher.vision.layers import count_macs, count_parameters, weights_digest
 from thresher.vision.models import Classifier, Description, load_classifier, save_classifier
 from thresher.vision.pipeline import Progress, check_data, silent
 from thresher.vision.prune import channel_groups, find_head, restrict_head
-from thresher.vision.taxonomy import Taxonomy
+from thresher.vision.taxonomy import WEIGHTS, Taxonomy
 
 WHOLE, LEAVES = "whole", "leaves"  # folders within the result's
 TUNING, TREE_TRAINING, ROUTERS = "tuning", "finetune", "routers"
 
 ROUTER_LR = 0.05  # they start from nothing
+TUNE = tuning.Settings("soft", epochs=8, lr=0.05)  # of the tree, its leaves, and what is extracted
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,9 @@ class Follow:
     the training's settings."""
 
     method: str = "align"
-    weight: float = 1.0
+    weight: float = WEIGHTS["align"]
     temperature: float = 0.1
-    tune: tuning.Settings = field(default_factory=lambda: tuning.Settings("soft", epochs=3))
+    tune: tuning.Settings = field(default_factory=lambda: replace(TUNE, epochs=3))
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def make_hierarchy(
     check_data(whole, data)
     if tuning.processes().num_processes > 1:
         raise UsageError("a network is taken apart by one process: start it without torchrun")
-    settings, tune = settings or Settings(), tune or tuning.Settings("soft", epochs=5)
+    settings, tune = settings or Settings(), tune or TUNE
     if whole.about.ranks or whole.about.folded or whole.about.pruned:
         raise UsageError(
             "a decomposed or pruned model cannot be taken apart: take the whole one apart, then its leaves"
@@ -407,17 +409,20 @@ def extract(
     whole network pruned for exactly these classes and fine-tuned from it, or the leaf if that is smaller. Raises
     UsageError where neither is to be had, ModelError, StorageError.
     """
-    net, about, parts = load_dissected(folder, trusted)
+    if not (folder / PARTS).is_file():
+        raise ModelError(f"{folder}: no network along a tree, which `thresher vision hierarchy` makes: no {PARTS}")
     whole = load_classifier(str(folder / WHOLE), trusted=trusted)
-    classes = find_classes(names, about.classes)
-    lowest = net.tree.lowest(classes)
+    tree = read_tree(folder / TREE, whole.about.classes)
+    classes = find_classes(names, whole.about.classes)
+    lowest = tree.lowest(classes)
     candidates: list[Classifier] = []
-    key = next(k for k, node in keyed(net.tree) if node == lowest)
     if not lowest.children:
-        leaf = leaf_classifier(net, about, parts, key, whole.module)
+        key = next(k for k, node in keyed(tree) if node == lowest)
+        kept = folder / LEAVES / leaf_name(key, lowest, whole.about.classes)
+        leaf = load_classifier(str(kept), trusted=trusted)
         candidates.append(_restricted(leaf, [lowest.classes.index(c) for c in classes]))
     elif data is None:
-        groups = "; ".join(", ".join(about.classes[i] for i in leaf.classes) for leaf in net.tree.leaves())
+        groups = "; ".join(", ".join(whole.about.classes[i] for i in g) for g in groups_of(tree))
         raise UsageError(f"no leaf holds all of these classes: give --data to make one for them (leaves: {groups})")
     if data is not None:
         check_data(whole, data)
@@ -451,7 +456,7 @@ def _pruned(
     limits = settings.flops * macs, settings.parameters * parameters
     sample = select(data.train, classes, settings.images)
     module, share = prune_for(made.module, made.example, sample, validation, None, least, limits, settings)
-    _finetune_for(module, whole, classes, data, tune or tuning.Settings("soft", epochs=5), out / TUNING, progress)
+    _finetune_for(module, whole, classes, data, tune or TUNE, out / TUNING, progress)
     groups, _ = channel_groups(module, made.example, find_head(module, made.example, len(classes)))
     history = {"extracted": {"share": share, "from": weights_digest(whole.module)}}
     pruned = {g.name: g.channels for g in groups}

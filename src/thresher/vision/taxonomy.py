@@ -17,6 +17,7 @@ from thresher.errors import UsageError
 from thresher.vision.hierarchy import Tree
 
 METHODS = ("labels", "levels", "align")
+WEIGHTS = {"labels": 0.2, "levels": 0.5, "align": 10.0}  # those of docs/results.md
 
 
 def label_loss(
