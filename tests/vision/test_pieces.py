@@ -81,6 +81,21 @@ class Squeezed(nn.Module):
         return self.head(self.b(x).relu().mean((2, 3)))
 
 
+class Viewed(nn.Module):
+    """Asks its input how many images there are, in one of three ways, and views the last map so."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.a, self.b, self.c = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+        self.head = nn.Linear(4, 7)
+
+    def forward(self, x):
+        images = {"size": lambda: x.size(0), "sizes": lambda: x.size()[0], "shape": lambda: x.shape[0]}[self.way]()
+        x = F.adaptive_avg_pool2d(self.c(self.b(self.a(x).relu()).relu()).relu(), 1)
+        return self.head(x.reshape(images, -1) if self.way == "sizes" else x.view(images, -1))
+
+
 NETS = {
     "vgg": lambda: VGG(7, 1, (4, 6, 8)),
     "resnet": lambda: ResNet(7, 1, (4, 6, 8), blocks=2),
@@ -88,6 +103,9 @@ NETS = {
     "skipping": Skipping,
     "scaled": Scaled,
     "squeezed": Squeezed,
+    "counting": lambda: Viewed("size"),
+    "counting, sizes": lambda: Viewed("sizes"),
+    "counting, shape": lambda: Viewed("shape"),
     "normalized": lambda: Normalized(ResNet(7, 1, (4, 6, 8)), (0.4,), (0.3,)),
 }
 IMAGES = torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))

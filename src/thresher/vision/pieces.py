@@ -1,5 +1,6 @@
 """Where a network can be parted: values that everything behind is computed from, found in its torch.fx graph."""
 
+import operator
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
     """The graph of a model in eval mode, its layers the same objects. Raises ModelError that says where it fails."""
     was_training = model.training
     try:
-        return fx.GraphModule(model, _Tracer().trace(model.eval()))
+        traced = fx.GraphModule(model, _Tracer().trace(model.eval()))
     except Exception as error:  # of the tracer, or of the model's code that meets its proxies
         own = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
         where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})" if len(own) > 1 else ""
@@ -42,6 +43,31 @@ def trace(model: nn.Module) -> fx.GraphModule:
         raise ModelError(f"the model's graph cannot be traced: {said}{where}") from error
     finally:
         model.train(was_training)
+    _flatten(traced.graph)
+    return traced
+
+
+def _flatten(graph: fx.Graph) -> None:
+    """Write `x.view(images, -1)` as `x.flatten(1)`: how many images there are is often read at the network's input, a
+    second value that all cuts would have to hand on."""
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target in ("view", "reshape"):
+            x, *shape = node.args
+            if len(shape) == 2 and shape[1] == -1 and _counts_images(shape[0]):
+                node.target, node.args = "flatten", (x, 1)
+    graph.eliminate_dead_code()
+
+
+def _counts_images(value: object) -> bool:
+    """Whether it is the first of some tensor's sizes."""
+    if not isinstance(value, fx.Node):
+        return False
+    if value.op == "call_method" and value.target == "size":
+        return value.args[1:] == (0,)
+    if value.target is not operator.getitem or value.args[1] != 0 or not isinstance(value.args[0], fx.Node):
+        return False
+    sizes = value.args[0]
+    return (sizes.target, *sizes.args[1:]) in (("size",), (getattr, "shape"))
 
 
 @torch.no_grad()
