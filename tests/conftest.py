@@ -4,12 +4,16 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from thresher.kernels import native
+
+hypothesis.settings.register_profile("thresher", deadline=None)  # a time is no property where machines are shared
+hypothesis.settings.load_profile("thresher")
 
 VOCAB = 300
 SMALL = {

@@ -332,7 +332,7 @@ def test_budgets(text, budget):
     check_step(case)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.sampled_from(SPARSE_TEXTS),
     st.integers(1, 500),

@@ -63,7 +63,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=st.sampled_from(TEXTS), steps=steps)
 @example(text=TEXTS[0], steps=[("crop", 10), ("file", None)])  # no block is left, and nothing that it settled
 @example(text=TEXTS[1], steps=[("crop", 10), ("file", None), ("grow", 150)])

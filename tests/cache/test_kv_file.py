@@ -119,7 +119,7 @@ def whole(tmp_path_factory):
     return path.read_bytes()
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_flipped_byte_is_found(whole, tmp_path, data):
     """Unless it lies in padding, where it means nothing."""
@@ -136,7 +136,7 @@ def test_any_flipped_byte_is_found(whole, tmp_path, data):
         kv.open_kv(tmp_path / "y.kv")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_any_cut_is_found(whole, tmp_path, share):
     (tmp_path / "y.kv").write_bytes(whole[: int(len(whole) * share)])
@@ -176,7 +176,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     field=st.sampled_from(["identity", "layers", "head_dim", "dtype", "length", "source", "state", "checksums", ""]),
     value=json_values,
@@ -193,7 +193,7 @@ def test_hostile_headers_with_valid_checksums(tmp_path, field, value):
         kv.open_kv(tmp_path / "y.kv")
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200))
 def test_random_bytes_after_the_magic(tmp_path, content):
     (tmp_path / "y.kv").write_bytes(MAGIC + VERSION.to_bytes(4, "little") + content)

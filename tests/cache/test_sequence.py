@@ -73,7 +73,7 @@ class SequenceMachine(RuleBasedStateMachine):
                 assert torch.equal(sequence.rows(middle, len(model)), rows_for(model[middle:]))
 
 
-SequenceMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+SequenceMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25)
 TestSequence = SequenceMachine.TestCase
 
 

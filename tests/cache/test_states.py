@@ -143,7 +143,7 @@ class StatesMachine(RuleBasedStateMachine):
             assert len(known) * LAYOUT.state_bytes <= LAYOUT.states_bytes(len(model))
 
 
-StatesMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=20, deadline=None)
+StatesMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=20)
 TestStates = StatesMachine.TestCase
 
 
@@ -151,7 +151,7 @@ near_checkpoints = st.builds(lambda k, by: max(0, k * STATE_EVERY + by), st.inte
 positions = st.one_of(st.integers(0, 10000), near_checkpoints)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(begin=positions, then=st.one_of(st.integers(0, 70).map(lambda n: -n), positions))
 def test_positions_worth_keeping(begin, then):
     end = begin - then if then <= 0 else max(begin, then)
@@ -164,7 +164,6 @@ def test_positions_worth_keeping(begin, then):
     assert WITHOUT.states_of(begin, end) == []
 
 
-@settings(deadline=None)
 @given(lengths=st.lists(st.one_of(st.integers(1, 40), st.integers(1, 3000)), min_size=1, max_size=6))
 def test_checkpoints_are_kept_however_the_tokens_come(lengths):
     """So that a file can be written of any sequence: it keeps them and the end."""
@@ -417,7 +416,7 @@ def whole(made, tmp_path_factory):
     return path.read_bytes()
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_flipped_byte_is_found(made, whole, tmp_path, data):
     """Unless it lies in padding, where it means nothing."""
@@ -439,7 +438,7 @@ def test_snapshots_in_each_others_place_are_found(made, whole, tmp_path):
         kv.open_kv(tmp_path / "y.kv")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_any_cut_is_found(whole, tmp_path, share):
     (tmp_path / "y.kv").write_bytes(whole[: int(len(whole) * share)])
@@ -467,7 +466,7 @@ def test_an_opened_file_can_be_saved_again(made, whole, tmp_path):
     assert (tmp_path / "y.kv").read_bytes() == whole
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(n=st.one_of(st.sampled_from(LENGTHS), st.integers(1, 5000)), stops=st.lists(st.integers(0, 5000), max_size=4))
 def test_resumed_writing_gives_the_same_bytes(tmp_path, n, stops):
     """Each writer goes on with what it loads: rows of after the last snapshot it makes again."""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -149,9 +150,25 @@ def test_wrong_classes(parts, tmp_path):
         fails(2, said, "vision", "extract", parts[0], "--classes", classes, "--out", tmp_path / "x")
 
 
-def test_extract_of_something_else(teacher, tmp_path):
-    words = "thresher vision hierarchy"
-    fails(3, words, "vision", "extract", teacher, "--classes", "cat,dog", "--out", tmp_path / "x")
+def test_extract_from_a_whole_model(teacher, data, tmp_path):
+    """The data has two of its four classes, which the model numbers otherwise."""
+    pets = tmp_path / "images"
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            shutil.copytree(data / split / name, pets / split / name)
+    command = ("vision", "extract", teacher, "--classes", "dog,cat", "--out", tmp_path / "pets")
+    fails(2, "has no leaves: give --data", *command)
+    done = call(*command, "--data", pets, "--epochs", 1, "--batches", 1, *SMALL, "--json", "-")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["measured"]
+    assert found["classes"] == ["cat", "dog"]
+    assert found["flops"] <= 0.5
+    assert min(found["accuracy"]["mean"], found["whole"]["mean"]) > 0.9
+    made = load_classifier(str(tmp_path / "pets"))
+    assert made.about.classes == ("cat", "dog")
+    fails(2, "has no class boot", *command[:3], "--classes", "dog,boot", *command[5:], "--data", pets)
+    again = ("vision", "extract", tmp_path / "pets", "--classes", "dog,cat", "--out", tmp_path / "x")
+    fails(2, "pruned model cannot be taken apart", *again, "--data", pets)
 
 
 def test_bad_input(teacher, data, tmp_path):

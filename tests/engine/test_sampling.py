@@ -87,7 +87,7 @@ def test_two_names_must_agree(given):
         SamplingParams(max_new_tokens=given, max_tokens=5)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.integers(0, 2**31),
     st.sampled_from([0.3, 1.0, 1.7]),

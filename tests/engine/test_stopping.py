@@ -28,7 +28,7 @@ def stream_all(tokenizer, ids, stop=()):
     return stream, pieces
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(max_size=30))
 def test_pieces_add_up_and_hold_whole_characters(text):
     ids = BYTES.encode(text, add_special_tokens=False)
@@ -37,21 +37,21 @@ def test_pieces_add_up_and_hold_whole_characters(text):
     assert all("\ufffd" not in p for p in pieces) or "\ufffd" in text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(1, 9), max_size=20))
 def test_spaces_before_words(ids):
     stream, _ = stream_all(WORDS, ids)
     assert stream.text == WORDS.decode(ids, skip_special_tokens=True)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(3, 258), max_size=20))
 def test_invalid_bytes_come_out_at_the_end(ids):
     stream, _ = stream_all(BYTES, ids)
     assert stream.text.replace("\ufffd", "") == BYTES.decode(ids).replace("\ufffd", "")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.text(alphabet="abé", max_size=25),
     st.lists(st.text(alphabet="abé", min_size=1, max_size=4), min_size=1, max_size=3),

@@ -168,7 +168,7 @@ def test_windows_and_sinks(isa, dtype, layer_window, visibility):
     check(*run(batch, heads, dtype, layer_window=layer_window, visibility=see), dtype)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(st.lists(st.integers(0, 400), min_size=1, max_size=4), st.integers(1, 40)),

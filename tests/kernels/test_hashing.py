@@ -138,7 +138,7 @@ def test_tables_of_most_tokens(isa):
         lsh_tables(torch.zeros(1, 1, 65537, dtype=torch.uint16), 4)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.integers(0, 12),
     st.integers(2, 20),

@@ -38,7 +38,7 @@ def test_same_tokens_as_in_float64(isa, vocab, temperature):
     assert different <= total / 500
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.sampled_from([-math.inf, -3.0, -0.0, 0.0, 1.0, 1.5, 20.0]), min_size=1, max_size=200),
     st.sampled_from([0.01, 1.0, 50.0]),

@@ -175,7 +175,7 @@ pieces = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_files_that_were_altered_are_read_or_refused(tmp_path_factory, data):
     """Whatever bytes are changed: a trace, or a TraceError that names the file."""

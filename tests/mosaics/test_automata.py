@@ -104,7 +104,7 @@ def test_what_is_drawn():
     assert len({len(draw(rng, DENSE).edges) for _ in range(100)}) == 6
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 400), st.lists(st.integers(0, 2), max_size=14))
 def test_minimisation_keeps_the_language(seed, word):
     """And the probabilities, which are those of the symbols that may follow."""

@@ -169,7 +169,7 @@ def test_the_closer_of_two_is_found():
     assert paired_permutation(PLANTED, PLANTED, s, 99).p == 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(3, 25), st.integers(0, 999))
 def test_cophenetic_is_scipys(count, seed):
     distance = 1 - alike(count, seed)

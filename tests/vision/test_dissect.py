@@ -123,7 +123,7 @@ def few_images():
 FEW = few_images()
 
 
-@settings(max_examples=8, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # slow to shrink
+@settings(max_examples=8, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # slow to shrink
 @given(trees(), st.sampled_from([0.0, 0.7, 1.0]), st.sampled_from(["thin-resnet", "thin-vgg"]))
 def test_nothing_pruned_is_the_whole(tree, overlap, net_name):
     torch.set_num_threads(1)

@@ -62,7 +62,7 @@ def test_rectangular_kernels():
     assert (layers(x) - conv(x)).abs().max() < 1e-5
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(2, 12), st.integers(2, 12), st.sampled_from([2, 3]), st.data())
 def test_errors_are_what_is_lost(outputs, inputs, kernel, data):
     weight = random_weight(outputs, inputs, kernel, data.draw(st.integers(0, 99))).double()

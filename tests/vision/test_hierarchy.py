@@ -106,7 +106,7 @@ def test_trees_that_are_none(made):
         made()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 30), st.integers(0, 999))
 def test_agglomerate_is_scipys_average_linkage(count, seed):
     distance = random_distances(count, seed)
@@ -145,7 +145,7 @@ def test_a_chain_that_is_too_deep():
         agglomerate(distance)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(trees(), st.data())
 def test_cutting_and_limiting_keep_every_class(tree, data):
     whole = len(tree.leaves())
@@ -179,7 +179,7 @@ def test_a_node_of_many_children_is_split_whole():
         limit(tree, 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(trees(), st.integers(0, 99))
 def test_a_random_tree_has_the_shape(tree, seed):
     def shape(node):
@@ -197,7 +197,7 @@ def test_random_trees_differ():
     assert len(found) == 20
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(trees())
 def test_a_file_brings_back_the_tree(tmp_path_factory, tree):
     path = tmp_path_factory.mktemp("tree") / "tree.json"
@@ -370,7 +370,7 @@ def parse_newick(text):
     return parsed
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(trees())
 def test_newick_says_the_same(tree):
     names = NAMES[: len(tree.classes)]

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
@@ -155,7 +155,6 @@ def test_bad_input(net, tmp_path):
 SCORES = st.lists(st.lists(st.floats(-1, 1, width=32), min_size=12, max_size=12), min_size=3, max_size=3)
 
 
-@settings(deadline=None)
 @given(SCORES, st.floats(0, 1), st.sampled_from([1, 4, 8]), st.sets(st.integers(0, 2), min_size=1))
 def test_needed_channels_hold_their_share(rows, share, multiple, classes):
     group = ChannelGroup("g", "g", 12, ("g",), ())

@@ -151,6 +151,19 @@ def make_code():
     return new_classifier("vgg", CLASSES, (1, 28, 28)).module
 
 
+def make_named():
+    module = make_code()
+    module.class_names = CLASSES
+    module.image_size = 28
+    return module
+
+
+def make_misnamed():
+    module = make_named()
+    module.class_names = ("a", "b")
+    return module
+
+
 NOT_A_MODEL = 3
 
 
@@ -167,7 +180,14 @@ def test_by_code(tmp_path, monkeypatch):
     torch.save(loaded.module.state_dict(), tmp_path / "state.pth")
     with_weights = load_classifier(source, tmp_path / "state.pth", size=28)
     assert torch.equal(logits(with_weights, images), logits(loaded, images))
-    for path, said in (("nothing:x", "cannot be imported"), (f"{__name__}:NOT_A_MODEL", "neither a torch module")):
+    named = load_classifier(f"{__name__}:make_named")
+    assert named.about.classes == CLASSES
+    assert named.about.shape == (1, 28, 28)
+    for path, said in (
+        ("nothing:x", "cannot be imported"),
+        (f"{__name__}:NOT_A_MODEL", "neither a torch module"),
+        (f"{__name__}:make_misnamed", "3 logits for 2 classes"),
+    ):
         with pytest.raises(ModelError, match=said):
             load_classifier(path)
 

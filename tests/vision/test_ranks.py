@@ -83,7 +83,7 @@ def test_where_it_hurts_least_is_better_than_everywhere_alike(net):
     assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=4), min_size=1, max_size=4

@@ -11,7 +11,9 @@ from thresher.errors import UsageError
 
 
 def extract(
-    folder: Annotated[Path, typer.Argument(help="What `thresher vision hierarchy` wrote.")],
+    model: Annotated[
+        str, typer.Argument(help="What `thresher vision hierarchy` wrote, or a whole model as for the other commands.")
+    ],
     classes: Annotated[str, typer.Option(help="Names of the classes, between commas.")],
     out: Annotated[Path, typer.Option(help="A folder for the sub-network: weights, ONNX, torch.export.")],
     data: DataOrNot = None,
@@ -34,16 +36,17 @@ def extract(
 
     thresher vision extract parts --classes "Sneaker,Sandal,Ankle boot" --data fashion-animals --out shoes
 
-    Without --data it is the leaf that holds them, if one does. With it, the whole network is pruned for exactly these
-    classes and fine-tuned from itself, and the smaller of the two is taken.
+    With --data, which need have no other classes, the whole network is pruned for exactly these and fine-tuned from
+    itself. Of a hierarchy, the leaf that holds them is taken if it is smaller, or if there is no --data.
     """
     from dataclasses import asdict
 
     from thresher.vision.dissect import Settings
+    from thresher.vision.dissected import PARTS
     from thresher.vision.finetune import Settings as Tuning
     from thresher.vision.hsd import extract as run
     from thresher.vision.layers import count_macs, count_parameters
-    from thresher.vision.models import read_description
+    from thresher.vision.models import Classifier, read_description
 
     names = [name.strip() for name in classes.split(",") if name.strip()]
     if not names:
@@ -52,12 +55,11 @@ def extract(
     settings = Settings(fall, flops, parameters, multiple=multiple, method=method)
     tune = Tuning("soft", epochs, batch, lr, pad=pad, seed=seed)
     prepare(threads, out)
-    images = None
-    if data is not None:
-        about = read_description(folder)
-        images = read_data(data, about.shape[1], about.shape[0], about.classes)
+    begin: Path | Classifier = Path(model) if (Path(model) / PARTS).is_file() else source.load(model)
+    about = read_description(begin) if isinstance(begin, Path) else begin.about
+    images = read_data(data, about.shape[1], about.shape[0]) if data is not None else None
     with Bars() as bars:
-        made, leaf = run(folder, names, out, images, settings, tune, sizes, source.trust, bars)
+        made, leaf = run(begin, names, out, images, settings, tune, sizes, source.trust, bars)
     macs, count = count_macs(made.module, made.example), count_parameters(made.module)
     found = {"classes": list(made.about.classes), "macs": macs, "parameters": count}
     say(f"{', '.join(made.about.classes)}: {macs:,} multiply-adds of an image, {count:,} parameters, in {out}")

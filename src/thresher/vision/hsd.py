@@ -16,7 +16,7 @@ from thresher.evaluation.statistics import Interval, wilson
 from thresher.vision import finetune as tuning
 from thresher.vision.compress import latencies
 from thresher.vision.data import Images, Splits, select
-from thresher.vision.dissect import Restricted, Settings, dissect, prune_for, restricted_accuracy
+from thresher.vision.dissect import Restricted, Settings, dissect, prune_for
 from thresher.vision.dissected import (
     PARTS,
     TREE,
@@ -176,10 +176,7 @@ def make_hierarchy(
     if tuning.processes().num_processes > 1:
         raise UsageError("a network is taken apart by one process: start it without torchrun")
     settings, tune = settings or Settings(), tune or TUNE
-    if whole.about.ranks or whole.about.folded or whole.about.pruned:
-        raise UsageError(
-            "a decomposed or pruned model cannot be taken apart: take the whole one apart, then its leaves"
-        )
+    _check_whole(whole)
     if semantics is None and (follow is not None or tree == "taxonomy"):
         raise UsageError("to follow a taxonomy, one is needed: --taxonomy wordnet")
     tuned = (
@@ -221,6 +218,11 @@ def make_hierarchy(
     return made
 
 
+def _check_whole(whole: Classifier) -> None:
+    if whole.about.ranks or whole.about.folded or whole.about.pruned:
+        raise UsageError("a decomposed or pruned model cannot be taken apart: take the whole one apart, then its parts")
+
+
 def _chosen(tree: Tree | str, tuned: Classifier, data: Splits, semantics: Semantics | None, groups: int) -> Tree:
     if not isinstance(tree, str):
         return tree
@@ -231,10 +233,8 @@ def _chosen(tree: Tree | str, tuned: Classifier, data: Splits, semantics: Semant
     return semantics.named(grown) if semantics else grown
 
 
-def _right(model: torch.nn.Module, images: Images, classes: Sequence[int] | None = None) -> Interval:
-    share = restricted_accuracy(model, images, classes) if classes else tuning.accuracy(model, images)
-    count = len(select(images, classes)) if classes else len(images)
-    return wilson(round(share * count), count)
+def _right(model: nn.Module, images: Images) -> Interval:
+    return wilson(round(tuning.accuracy(model, images) * len(images)), len(images))
 
 
 class _Split(nn.Module):
@@ -329,27 +329,23 @@ def _save_leaves(
             continue
         leaf = leaf_classifier(net, about, parts, key, whole.module)
         name = leaf_name(key, node, about.classes)
-        _finetune_for(leaf.module, whole, node.classes, data, tune, folder / LEAVES / name / TUNING, progress)
-        found.append(_leaf(name, leaf, whole, data.test, node.classes, folder / LEAVES / name, batches))
+        chosen = _images_of(whole, node.classes, data)
+        teacher = Restricted(whole.module, node.classes)
+        _finetune_for(leaf.module, teacher, chosen, tune, folder / LEAVES / name / TUNING, progress)
+        found.append(_leaf(name, leaf, whole, chosen.test, node.classes, folder / LEAVES / name, batches))
     return found
 
 
 def _finetune_for(
-    module: nn.Module,
-    whole: Classifier,
-    classes: tuple[int, ...],
-    data: Splits,
-    tune: tuning.Settings,
-    folder: Path,
-    progress: Progress,
+    module: nn.Module, teacher: nn.Module, data: Splits, tune: tuning.Settings, folder: Path, progress: Progress
 ) -> None:
-    """On the images of these classes alone, from what the whole network says among them."""
+    """On the images of some classes alone, from what the whole network says among them."""
     tuning.finetune(
         module,
-        select(data.train, classes),
-        select(data.validation, classes),
+        data.train,
+        data.validation,
         tune,
-        Restricted(whole.module, classes),
+        teacher,
         folder=folder,
         progress=lambda done, total: progress("training leaves", done, total),
     )
@@ -365,14 +361,14 @@ def _leaf(
     folder: Path,
     batches: tuple[int, ...],
 ) -> Leaf:
-    chosen = select(test, classes)
+    """test: images of the leaf's classes, labelled as it numbers them."""
     exports = save_classifier(leaf, folder, export=True)
     seconds = {b: (t["before"], t["after"]) for b, t in latencies(whole, leaf, batches).items()}
     return Leaf(
         name,
         leaf.about.classes,
-        _right(leaf.module, chosen),
-        _right(whole.module, test, classes),
+        _right(leaf.module, test),
+        _right(Restricted(whole.module, classes), test),
         count_macs(leaf.module, leaf.example) / count_macs(whole.module, whole.example),
         count_parameters(leaf.module) / count_parameters(whole.module),
         seconds,
@@ -393,7 +389,7 @@ def find_classes(names: Sequence[str], known: tuple[str, ...]) -> tuple[int, ...
 
 
 def extract(
-    folder: Path,
+    source: Path | Classifier,
     names: Sequence[str],
     out: Path,
     data: Splits | None = None,
@@ -403,35 +399,57 @@ def extract(
     trusted: str | None = None,
     progress: Progress = silent,
 ) -> tuple[Classifier, Leaf | None]:
-    """The smallest sub-network for these classes, from what `make_hierarchy` wrote.
+    """The smallest sub-network for these classes, from what `make_hierarchy` wrote or from any whole classifier.
 
-    Without data: the leaf that holds all of them, its last layer restricted (nothing is measured). With data: the tuned
-    whole network pruned for exactly these classes and fine-tuned from it, or the leaf if that is smaller. Raises
-    UsageError where neither is to be had, ModelError, StorageError.
+    Without data: the leaf that holds all of them, its last layer restricted (nothing is measured). With data, which may
+    be of these classes alone: the (tuned) whole network pruned for exactly these classes and fine-tuned from it, or the
+    leaf if that is smaller. Raises UsageError where neither is to be had, ModelError, StorageError.
     """
-    if not (folder / PARTS).is_file():
-        raise ModelError(f"{folder}: no network along a tree, which `thresher vision hierarchy` makes: no {PARTS}")
-    whole = load_classifier(str(folder / WHOLE), trusted=trusted)
-    tree = read_tree(folder / TREE, whole.about.classes)
+    tree: Tree | None = None
+    if isinstance(source, Classifier):
+        whole = source
+    elif (source / PARTS).is_file():
+        whole = load_classifier(str(source / WHOLE), trusted=trusted)
+        tree = read_tree(source / TREE, whole.about.classes)
+    else:
+        raise ModelError(f"{source}: no network along a tree, which `thresher vision hierarchy` makes: no {PARTS}")
+    _check_whole(whole)
     classes = find_classes(names, whole.about.classes)
-    lowest = tree.lowest(classes)
+    lowest = tree.lowest(classes) if tree else None
     candidates: list[Classifier] = []
-    if not lowest.children:
+    if isinstance(source, Path) and tree and lowest and not lowest.children:
         key = next(k for k, node in keyed(tree) if node == lowest)
-        kept = folder / LEAVES / leaf_name(key, lowest, whole.about.classes)
+        kept = source / LEAVES / leaf_name(key, lowest, whole.about.classes)
         leaf = load_classifier(str(kept), trusted=trusted)
         candidates.append(_restricted(leaf, [lowest.classes.index(c) for c in classes]))
     elif data is None:
-        groups = "; ".join(", ".join(whole.about.classes[i] for i in g) for g in groups_of(tree))
-        raise UsageError(f"no leaf holds all of these classes: give --data to make one for them (leaves: {groups})")
-    if data is not None:
-        check_data(whole, data)
-        candidates.append(_pruned(whole, classes, data, settings or Settings(), tune, out, progress))
-    best = min(candidates, key=lambda c: count_macs(c.module, c.example))
+        groups = "; ".join(", ".join(whole.about.classes[i] for i in g) for g in groups_of(tree)) if tree else ""
+        held = f"no leaf holds all of these classes (leaves: {groups})" if tree else "a whole network has no leaves"
+        raise UsageError(f"{held}: give --data to make a sub-network for them")
     if data is None:
-        save_classifier(best, out, export=True)
-        return best, None
-    return best, _leaf("-".join(best.about.classes), best, whole, data.test, classes, out, batches)
+        save_classifier(candidates[0], out, export=True)
+        return candidates[0], None
+    chosen = _images_of(whole, classes, data)
+    candidates.append(_pruned(whole, classes, chosen, settings or Settings(), tune or TUNE, out, progress))
+    best = min(candidates, key=lambda c: count_macs(c.module, c.example))
+    return best, _leaf("-".join(best.about.classes), best, whole, chosen.test, classes, out, batches)
+
+
+def _images_of(whole: Classifier, classes: tuple[int, ...], data: Splits) -> Splits:
+    """The images of these classes, labelled 0, 1, ...: by their names, or by their numbers where the data has all of
+    the model's classes under others. Raises UsageError."""
+    names, known = [whole.about.classes[c] for c in classes], data.train.classes
+    shape = tuple(data.train.pixels.shape[1:])
+    if shape != whole.about.shape:
+        raise UsageError(f"the model takes images of {whole.about.shape}, and the data has {shape}")
+    if set(names) <= set(known):
+        places = [known.index(name) for name in names]
+    elif len(known) == len(whole.about.classes):
+        places = list(classes)
+    else:
+        missing = [name for name in names if name not in known]
+        raise UsageError(f"the data has no class {missing[0]}: its classes are {', '.join(known[:30])}")
+    return Splits(select(data.train, places), select(data.validation, places), select(data.test, places))
 
 
 def _restricted(leaf: Classifier, rows: list[int]) -> Classifier:
@@ -445,18 +463,18 @@ def _pruned(
     classes: tuple[int, ...],
     data: Splits,
     settings: Settings,
-    tune: tuning.Settings | None,
+    tune: tuning.Settings,
     out: Path,
     progress: Progress,
 ) -> Classifier:
-    made = _restricted(whole, list(classes))
-    validation = select(data.validation, classes)
-    least = restricted_accuracy(whole.module, data.validation, classes) - settings.fall
+    """The whole network pruned for these classes and fine-tuned from it; data: their images, labelled 0, 1, ..."""
+    made, teacher = _restricted(whole, list(classes)), Restricted(whole.module, classes)
+    least = tuning.accuracy(teacher, data.validation) - settings.fall
     macs, parameters = count_macs(whole.module, whole.example), count_parameters(whole.module)
     limits = settings.flops * macs, settings.parameters * parameters
-    sample = select(data.train, classes, settings.images)
-    module, share = prune_for(made.module, made.example, sample, validation, None, least, limits, settings)
-    _finetune_for(module, whole, classes, data, tune or TUNE, out / TUNING, progress)
+    sample = select(data.train, range(len(classes)), settings.images)
+    module, share = prune_for(made.module, made.example, sample, data.validation, None, least, limits, settings)
+    _finetune_for(module, teacher, data, tune, out / TUNING, progress)
     groups, _ = channel_groups(module, made.example, find_head(module, made.example, len(classes)))
     history = {"extracted": {"share": share, "from": weights_digest(whole.module)}}
     pruned = {g.name: g.channels for g in groups}

@@ -91,7 +91,8 @@ def load_classifier(
     `MODULE:FUNCTION`.
 
     weights: a state dict for the last two (safetensors, or a file that loads with weights_only). size: height and width
-    of an image where the model does not say. trusted: the code path that a folder may name. Raises ModelError,
+    of an image where the model does not say (code says it by an attribute `image_size`, and names by `class_names`).
+    trusted: the code path that a folder may name. Raises ModelError,
     UsageError.
     """
     folder = Path(name)
@@ -136,7 +137,12 @@ def _from_code(name: str, make: Callable[[], nn.Module], weights: Path | None, s
     module = make()
     if weights is not None:
         load_weights(module, weights)
-    return _described(module.eval(), name, size or int(getattr(module, "image_size", 224)))
+    return _described(
+        module.eval(),
+        name,
+        size or int(getattr(module, "image_size", 224)),
+        classes=tuple(map(str, getattr(module, "class_names", ()))),
+    )
 
 
 def _described(module: nn.Module, source: str, size: int, **more: Any) -> Classifier:
