@@ -92,8 +92,7 @@ def load_classifier(
 
     weights: a state dict for the last two (safetensors, or a file that loads with weights_only). size: height and width
     of an image where the model does not say (code says it by an attribute `image_size`, and names by `class_names`).
-    trusted: the code path that a folder may name. Raises ModelError,
-    UsageError.
+    trusted: the code path that a folder may name. Raises ModelError, UsageError.
     """
     folder = Path(name)
     if weights is not None and (folder.exists() or ":" not in name):
