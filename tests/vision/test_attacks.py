@@ -17,12 +17,12 @@ from thresher.vision.attacks import (
     Attack,
     compare,
     evaluate,
-    masking_checks,
     mcnemar,
     parse_attacks,
     transfer,
 )
 from thresher.vision.data import Images
+from thresher.vision.masking import masking_checks
 from thresher.vision.models import Classifier, Description
 from thresher.vision.robustness import attack
 

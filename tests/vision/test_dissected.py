@@ -179,7 +179,11 @@ def test_routing_follows_the_best_child(made):
             node, key = (node.children[best] if node.children else Tree((node.classes[best],))), f"{key}_{best}"
         labels.append(node.classes[0])
     net.train()
-    given, seen = net.route(PIXELS)
+    try:
+        given, seen = net.route(PIXELS)
+        assert all(module.training for module in net.modules())  # as it was
+    finally:
+        net.eval()
     assert given.tolist() == labels
     assert seen == counts
     assert seen["root"] == 40

@@ -9,7 +9,7 @@ from torch import nn
 
 from thresher.errors import UsageError
 from thresher.vision.decompose import all_bases, channel_moments, decompose
-from thresher.vision.layers import count_macs, count_parameters, fold_batch_norms, survey
+from thresher.vision.layers import count_macs, count_parameters, evaluating, fold_batch_norms, survey
 from thresher.vision.nets import conv_bn, make_net
 from thresher.vision.ranks import counted_costs, equal_ranks
 
@@ -239,3 +239,15 @@ def test_families_of_transformers(family):
         assert (less(x).logits - given).abs().max() < 1e-4 * given.abs().max()
     assert count_macs(less, x[:1]) < found.macs
     assert bool(pairs) == any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+
+
+def test_evaluating_gives_every_module_its_mode_back():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Sequential(nn.Dropout(), nn.BatchNorm2d(2)))
+    model[2].eval()
+    before = [m.training for m in model.modules()]
+    with evaluating(model):
+        assert not any(m.training for m in model.modules())
+    assert [m.training for m in model.modules()] == before == [True, True, True, False, False, False]
+    with pytest.raises(RuntimeError), evaluating(model):
+        model(torch.rand(1, 3, 9, 9))  # three channels
+    assert [m.training for m in model.modules()] == before == [True, True, True, False, False, False]

@@ -1,4 +1,4 @@
-"""How a classifier stands up to adversarial images: attacks of torchattacks, robust accuracy, masked gradients.
+"""How a classifier stands up to adversarial images: attacks of torchattacks, and robust accuracy.
 
 A model maps images [N, C, H, W], float32 in [0, 1], to logits [N, classes] or to an output of transformers that has
 `.logits`; what normalises is inside it. It is attacked in eval mode and left as it was: modes, requires_grad and
@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from thresher.errors import ThresherError, UsageError
 from thresher.evaluation.statistics import Interval, bootstrap_difference, wilson
+from thresher.vision.layers import evaluating
 
 Progress = Callable[[int, int], None]  # images done, of how many
 
 _SLACK = 1e-6  # of a perturbation's size: rounding
-_LEVEL = 0.01  # of the tests in masking_checks
 
 
 @dataclass(frozen=True)
@@ -108,16 +108,6 @@ class Comparison:
     p: float
 
 
-@dataclass(frozen=True)
-class Check:
-    """A sign of masked gradients. rule: what passes; numbers: accuracies by attack, and p where there is a test."""
-
-    name: str
-    passed: bool
-    rule: str
-    numbers: dict[str, float]
-
-
 def parse_attacks(text: str) -> list[Attack]:
     """Attacks by name, as in "fgsm,pgd20,autoattack"; each once. Raises UsageError for a name that is not known."""
     names = dict.fromkeys(name.strip().lower() for name in text.split(","))
@@ -150,9 +140,9 @@ def evaluate(
     if not bounded and not minimal:
         raise UsageError("nothing to do: give an attack, and an epsilon to those that need one")
     for _, epsilon in bounded:
-        _check_epsilon(epsilon)
-    with _attackable(model, images, labels, batch) as target:
-        bars = _bars(progress, len(bounded) + len(minimal), len(images))
+        check_epsilon(epsilon)
+    with attackable(model, images, labels, batch) as target:
+        bars = progress_bars(progress, len(bounded) + len(minimal), len(images))
         outcomes = tuple(target.outcome(attack, epsilon, seed, next(bars)) for attack, epsilon in bounded)
         distances = tuple(target.distance(attack, seed, next(bars)) for attack in minimal)
         return Robustness(target.judge("clean", 0.0, target.correct), outcomes, distances)
@@ -174,13 +164,13 @@ def transfer(
     Made of all images that the target classifies correctly. Where the source is not fooled, the last try is taken: for
     AutoAttack that is the image itself or Square's.
     """
-    _check_epsilon(epsilon)
+    check_epsilon(epsilon)
     if attack.minimal:
         raise UsageError(f"{attack.name} takes no epsilon; transfer is measured with an attack that does")
-    with _attackable(target, images, labels, batch) as judge:
+    with attackable(target, images, labels, batch) as judge:
         made = images.clone()
         if epsilon and judge.correct.any():
-            with _attackable(source, images, labels, batch) as victim:
+            with attackable(source, images, labels, batch) as victim:
                 made[judge.correct] = victim.strike(attack, epsilon, judge.correct, seed, lambda share: None)[0]
         return judge.judge(attack.name, epsilon, _right(judge.model, made, labels, batch))
 
@@ -190,96 +180,22 @@ def compare(a: Outcome, b: Outcome, resamples: int = 10_000) -> Comparison:
     if a.data != b.data:
         raise UsageError("outcomes on different images or labels cannot be compared as pairs")
     difference = bootstrap_difference(a.survived, b.survived, resamples=resamples)
-    only_a, only_b = _discordant(a, b)
+    only_a, only_b = discordant(a, b)
     return Comparison(difference, only_a, only_b, mcnemar(only_a, only_b))
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
     """Exact two-sided p-value of numbers so far apart, if both are as likely; 1 if there is no discordant pair."""
-    return min(1.0, 2 * _tail(max(only_a, only_b), only_a + only_b))
+    return min(1.0, 2 * tail(max(only_a, only_b), only_a + only_b))
 
 
-def masking_checks(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    epsilon: float,
-    *,
-    surrogate: nn.Module | None = None,
-    large: float = 1.0,
-    batch: int = 128,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> list[Check]:
-    """Whether attacks fail because the model is robust, or because its gradients lead nowhere (Athalye 2018, Carlini
-    2019). Black-box attacks are Square with 1,000 queries and, with a `surrogate`, images made on that.
-
-    Tolerances. "A no stronger than B" passes unless A wins images that B does not, more often than the other way round,
-    by an exact one-sided McNemar test at level 0.01: fewer than 7 such images never fail it, and where A and B are as
-    strong it fails once in a hundred. Runs that are compared start from points of their own, as more restarts from the
-    same ones are stronger by construction. "Reaches 0" at a `large` epsilon (1: any image may become any other) is of
-    PGD without a random start, which would be half an attack by itself; it passes if the Wilson interval (95 %) reaches
-    down to 1 %. Noise, random signs times epsilon, passes if it loses at most a quarter of the images that PGD loses,
-    or 1 % of all. A model may pass all of it and yet be masked.
-
-    Raises what `evaluate` does, and UsageError if epsilon is 0 or no image is classified correctly.
-    """
-    _check_epsilon(epsilon)
-    if not epsilon:
-        raise UsageError("gradients cannot be checked with epsilon=0")
-    pgd, square = ATTACKS["pgd20"], replace(ATTACKS["square"], steps=1000)
-    once, longer, walk = Attack("pgd20 once", "pgd", 20), Attack("pgd100 once", "pgd", 100), Attack("bim20", "bim", 20)
-    plan = [(attack, epsilon) for attack in (ATTACKS["noise"], ATTACKS["fgsm"], once, longer, pgd, square)]
-    plan.append((walk, large))
-    with _attackable(model, images, labels, batch) as target:
-        if not target.correct.any():
-            raise UsageError("no image is classified correctly: there is nothing to attack")
-        bars = _bars(progress, len(plan), len(images))
-        found = [target.outcome(*run, len(plan) * seed + i, next(bars)) for i, run in enumerate(plan)]
-    noise, fgsm, short, long, white, black, most = found
-    clean = int(target.correct.sum())
-    by_noise, by_pgd = clean - sum(noise.survived), clean - sum(white.survived)
-    checks = [
-        _no_stronger("iterative beats single-step", fgsm, short),
-        _no_stronger("more steps never help the defender", short, long),
-        _no_stronger("more restarts never help the defender", short, white),
-        Check(
-            "a large epsilon reaches 0",
-            most.accuracy.low <= 0.01,
-            f"the interval of robust accuracy at epsilon {large:g} reaches down to 1 %",
-            {"bim20": most.accuracy.mean, "low": most.accuracy.low},
-        ),
-        _no_stronger("black box (Square) is no stronger than white box", black, white),
-        Check(
-            "noise is nearly harmless",
-            by_noise <= max(by_pgd / 4, 0.01 * len(images)),
-            "random signs lose at most a quarter of the images that pgd20 loses, or 1 % of all",
-            {"clean": clean / len(images), "noise": noise.accuracy.mean, "pgd20": white.accuracy.mean},
-        ),
-    ]
-    if surrogate is not None:
-        moved = replace(
-            transfer(surrogate, model, images, labels, pgd, epsilon, batch=batch, seed=seed), attack="transfer"
-        )
-        checks.append(_no_stronger("black box (transfer) is no stronger than white box", moved, white))
-    return checks
-
-
-def _no_stronger(name: str, weak: Outcome, strong: Outcome) -> Check:
-    against, expected = _discordant(strong, weak)  # images that only the weak, or only the strong attack wins
-    p = _tail(against, against + expected)
-    rule = f"{weak.attack} does not win significantly more images than {strong.attack} (p >= {_LEVEL:g})"
-    return Check(
-        name, p >= _LEVEL, rule, {weak.attack: weak.accuracy.mean, strong.attack: strong.accuracy.mean, "p": p}
-    )
-
-
-def _discordant(a: Outcome, b: Outcome) -> tuple[int, int]:
+def discordant(a: Outcome, b: Outcome) -> tuple[int, int]:
+    """How many images only a, and how many only b still classifies correctly."""
     pairs = list(zip(a.survived, b.survived, strict=True))
     return pairs.count((True, False)), pairs.count((False, True))
 
 
-def _tail(heads: int, tosses: int) -> float:
+def tail(heads: int, tosses: int) -> float:
     """The chance of at least so many heads of a fair coin, exact in integers."""
     ways, term = 0, 1
     for tails in range(tosses - heads + 1):
@@ -441,13 +357,13 @@ class _Logits(nn.Module):
 
 
 @contextmanager
-def _attackable(model: nn.Module, images: Tensor, labels: Tensor, batch: int) -> Iterator[_Target]:
+def attackable(model: nn.Module, images: Tensor, labels: Tensor, batch: int) -> Iterator[_Target]:
     """The model in eval mode with frozen parameters, as long as the context lasts; checks the data and the logits."""
     _check_data(images, labels, batch)
-    modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []), torch.enable_grad():
+        devices = [images.device] if images.is_cuda else []
+        with evaluating(model), torch.random.fork_rng(devices), torch.enable_grad():
             # The wrapper too: the library puts all of it into training after an attack if it finds it there.
             wrapped = _Logits(model.requires_grad_(False), images.device).eval()
             with torch.no_grad():
@@ -461,8 +377,6 @@ def _attackable(model: nn.Module, images: Tensor, labels: Tensor, batch: int) ->
             data = hashlib.sha256(images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()).hexdigest()
             yield _Target(wrapped, images, labels, logits.argmax(dim=1) == labels, logits.shape[1], batch, data)
     finally:
-        for module, mode in modes:
-            module.training = mode
         for parameter, flag in wanted:
             parameter.requires_grad_(flag)
 
@@ -491,12 +405,12 @@ def _check_data(images: Tensor, labels: Tensor, batch: int) -> None:
         raise UsageError(f"batch={batch}: must be at least 1")
 
 
-def _check_epsilon(epsilon: float) -> None:
+def check_epsilon(epsilon: float) -> None:
     if not 0 <= epsilon <= 1:
         raise UsageError(f"epsilon={epsilon:g}: must be between 0 and 1, the range of the images (8/255, not 8)")
 
 
-def _bars(progress: Progress | None, runs: int, images: int) -> Iterator[Callable[[float], None]]:
+def progress_bars(progress: Progress | None, runs: int, images: int) -> Iterator[Callable[[float], None]]:
     """For each run, what it calls with the share of it that is done."""
 
     def bar(run: int) -> Callable[[float], None]:

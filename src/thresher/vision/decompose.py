@@ -9,7 +9,7 @@ from torch import nn
 
 from thresher.errors import UsageError
 from thresher.vision.factors import Bases, Factors, find_bases, svd, tucker2
-from thresher.vision.layers import Convolution, Survey, replace_module
+from thresher.vision.layers import Convolution, Survey, evaluating, replace_module
 
 # What models that pad by themselves ask of a convolution.
 _ASKED = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
@@ -91,13 +91,11 @@ def channel_moments(model: nn.Module, surveyed: Survey, images: torch.Tensor) ->
         return seen
 
     handles = [model.get_submodule(c.name).register_forward_pre_hook(hook(c.name)) for c in surveyed.open]
-    was_training = model.training
-    model.eval()
     try:
-        for piece in torch.split(images, 64):
-            model(piece)
+        with evaluating(model):
+            for piece in torch.split(images, 64):
+                model(piece)
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return {name: total / counts[name] for name, total in sums.items()}

@@ -15,7 +15,7 @@ from thresher.vision.dissected import ROOT, Dissected, Part, Router, piece_betwe
 from thresher.vision.finetune import accuracy, predict
 from thresher.vision.hierarchy import Tree
 from thresher.vision.impact import METHODS, Impact, measure_impact, needed_channels
-from thresher.vision.layers import count_macs, count_parameters, unwrap_logits
+from thresher.vision.layers import count_macs, count_parameters, evaluating, unwrap_logits
 from thresher.vision.models import Classifier
 from thresher.vision.pieces import Cut, cut_points, split_at
 from thresher.vision.prune import ChannelGroup, channel_groups, find_head, remove_channels, restrict_head
@@ -141,7 +141,7 @@ def dissect(
         torch.manual_seed(0)  # the routers' weights
         descend(ROOT, tree, whole.module, tree.classes, None)
     progress("taking apart", total, total)
-    return Dissected(tree, pieces, routers), parts
+    return Dissected(tree, pieces, routers).eval(), parts
 
 
 def prune_for(
@@ -199,19 +199,17 @@ def recalibrate(module: nn.Module, part: nn.Module, images: Images, batch: int =
     network's are others, and with the old ones it guesses."""
     norms = [m for m in part.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
     momenta = [m.momentum for m in norms]
-    was_training = module.training
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the mean over batches
-    module.eval()
-    for norm in norms:
-        norm.train()
-    for index in torch.tensor_split(order, -(-len(order) // batch)):  # alike, and so that none is of one image
-        module(images.pixels[index].float() / 255)
+    with evaluating(module):
+        for norm in norms:
+            norm.train()
+        for index in torch.tensor_split(order, -(-len(order) // batch)):  # alike, and so that none is of one image
+            module(images.pixels[index].float() / 255)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    module.train(was_training)
 
 
 def _bisect(holds: Callable[[float], bool], high: float, low: float = 0.0) -> float:

@@ -15,7 +15,7 @@ from torch import nn
 
 from thresher.errors import ModelError, StorageError, UsageError
 from thresher.vision.hierarchy import Tree, read_tree, write_tree
-from thresher.vision.layers import count_macs, unwrap_logits
+from thresher.vision.layers import count_macs, evaluating, unwrap_logits
 from thresher.vision.models import (
     WEIGHTS,
     Classifier,
@@ -106,8 +106,8 @@ class Dissected(nn.Module):
             for i, child in enumerate(node.children):
                 descend(f"{key}_{i}", child, x[best == i], index[best == i])
 
-        self.eval()
-        descend(ROOT, self.tree, images, torch.arange(len(images)))
+        with evaluating(self):
+            descend(ROOT, self.tree, images, torch.arange(len(images)))
         return labels, seen
 
     def way(self, key: str) -> list[str]:
@@ -153,8 +153,8 @@ def expected_macs(net: Dissected, example: torch.Tensor, seen: dict[str, int], i
         share = seen.get(key, 0) / images
         total += share * _macs(net.pieces[key], x[key])
         if node.children:
-            with torch.no_grad():
-                out = net.pieces[key].eval()(x[key])
+            with evaluating(net), torch.no_grad():
+                out = net.pieces[key](x[key])
             total += share * _macs(net.routers[key], out)
             x |= {f"{key}_{i}": out for i in range(len(node.children))}
     return total

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from thresher.errors import StorageError, UsageError
 from thresher.vision.data import Images, augment
-from thresher.vision.layers import channels_last, unwrap_logits, weights_digest
+from thresher.vision.layers import channels_last, evaluating, unwrap_logits, weights_digest
 from thresher.vision.losses import attack_for_training, find_objective, objective_loss
 from thresher.vision.taxonomy import Taxonomy
 
@@ -68,14 +68,12 @@ class Epoch:
 @torch.no_grad()
 def predict(model: nn.Module, images: Images, batch: int = 256) -> torch.Tensor:
     """Logits [N, classes] in eval mode; the model's own mode is as before."""
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
-    pieces = [
-        unwrap_logits(model(piece.to(device).float().div(255).contiguous(memory_format=torch.channels_last))).cpu()
-        for piece in torch.split(images.pixels, batch)
-    ]
-    model.train(was_training)
+    with evaluating(model):
+        pieces = [
+            unwrap_logits(model(piece.to(device).float().div(255).contiguous(memory_format=torch.channels_last))).cpu()
+            for piece in torch.split(images.pixels, batch)
+        ]
     return torch.cat(pieces)
 
 

@@ -405,34 +405,44 @@ def extract(
     be of these classes alone: the (tuned) whole network pruned for exactly these classes and fine-tuned from it, or the
     leaf if that is smaller. Raises UsageError where neither is to be had, ModelError, StorageError.
     """
-    tree: Tree | None = None
-    if isinstance(source, Classifier):
-        whole = source
-    elif (source / PARTS).is_file():
-        whole = load_classifier(str(source / WHOLE), trusted=trusted)
-        tree = read_tree(source / TREE, whole.about.classes)
-    else:
-        raise ModelError(f"{source}: no network along a tree, which `thresher vision hierarchy` makes: no {PARTS}")
+    whole = source if isinstance(source, Classifier) else _whole_of(source, trusted)
     _check_whole(whole)
     classes = find_classes(names, whole.about.classes)
-    lowest = tree.lowest(classes) if tree else None
-    candidates: list[Classifier] = []
-    if isinstance(source, Path) and tree and lowest and not lowest.children:
-        key = next(k for k, node in keyed(tree) if node == lowest)
-        kept = source / LEAVES / leaf_name(key, lowest, whole.about.classes)
-        leaf = load_classifier(str(kept), trusted=trusted)
-        candidates.append(_restricted(leaf, [lowest.classes.index(c) for c in classes]))
-    elif data is None:
-        groups = "; ".join(", ".join(whole.about.classes[i] for i in g) for g in groups_of(tree)) if tree else ""
-        held = f"no leaf holds all of these classes (leaves: {groups})" if tree else "a whole network has no leaves"
-        raise UsageError(f"{held}: give --data to make a sub-network for them")
+    leaf = None if isinstance(source, Classifier) else _leaf_of(source, whole, classes, trusted)
     if data is None:
-        save_classifier(candidates[0], out, export=True)
-        return candidates[0], None
+        if leaf is None:
+            held = "a whole network has no leaves" if isinstance(source, Classifier) else _leaves_of(source, whole)
+            raise UsageError(f"{held}: give --data to make a sub-network for these classes")
+        save_classifier(leaf, out, export=True)
+        return leaf, None
     chosen = _images_of(whole, classes, data)
-    candidates.append(_pruned(whole, classes, chosen, settings or Settings(), tune or TUNE, out, progress))
-    best = min(candidates, key=lambda c: count_macs(c.module, c.example))
+    pruned = _pruned(whole, classes, chosen, settings or Settings(), tune or TUNE, out, progress)
+    best = min((pruned, leaf or pruned), key=lambda c: count_macs(c.module, c.example))
     return best, _leaf("-".join(best.about.classes), best, whole, chosen.test, classes, out, batches)
+
+
+def _whole_of(folder: Path, trusted: str | None) -> Classifier:
+    """The (tuned) whole network that `make_hierarchy` took apart."""
+    if not (folder / PARTS).is_file():
+        raise ModelError(f"{folder}: no network along a tree, which `thresher vision hierarchy` makes: no {PARTS}")
+    return load_classifier(str(folder / WHOLE), trusted=trusted)
+
+
+def _leaves_of(folder: Path, whole: Classifier) -> str:
+    groups = groups_of(read_tree(folder / TREE, whole.about.classes))
+    said = "; ".join(", ".join(whole.about.classes[i] for i in group) for group in groups)
+    return f"no leaf holds all of these classes (leaves: {said})"
+
+
+def _leaf_of(folder: Path, whole: Classifier, classes: tuple[int, ...], trusted: str | None) -> Classifier | None:
+    """The leaf, as trained alone, that holds all of these classes, its last layer restricted to them."""
+    tree = read_tree(folder / TREE, whole.about.classes)
+    lowest = tree.lowest(classes)
+    if lowest.children:
+        return None
+    key = next(k for k, node in keyed(tree) if node == lowest)
+    leaf = load_classifier(str(folder / LEAVES / leaf_name(key, lowest, whole.about.classes)), trusted=trusted)
+    return _restricted(leaf, [lowest.classes.index(c) for c in classes])
 
 
 def _images_of(whole: Classifier, classes: tuple[int, ...], data: Splits) -> Splits:

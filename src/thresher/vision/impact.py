@@ -14,7 +14,7 @@ from torch import nn
 
 from thresher.errors import StorageError, UsageError
 from thresher.vision.data import Images
-from thresher.vision.layers import unwrap_logits, weights_digest
+from thresher.vision.layers import evaluating, unwrap_logits, weights_digest
 from thresher.vision.models import replaced
 from thresher.vision.prune import ChannelGroup, Kept, gated
 
@@ -65,26 +65,26 @@ def measure_impact(
         raise UsageError(f"there are no images of {', '.join(missing[:5])} to measure filters by")
     made_from = {"method": method, "model": weights_digest(model), "images": images.digest()}
     scores = _read(path, made_from, groups, len(counts)) if path else {}
-    was_training, needed = model.training, [p.requires_grad for p in model.parameters()]
-    model.eval().requires_grad_(False)
+    needed = [p.requires_grad for p in model.parameters()]
+    model.requires_grad_(False)
     score = {"ablation": _ablation, "taylor": _taylor, "activation": _activation}[method]
     pending = [g for g in groups if g.name not in scores]
     bundles = [[g] for g in pending] if method == "ablation" else [pending] if pending else []
+    batches = list(zip(torch.split(images.pixels, batch), torch.split(images.labels, batch), strict=True))
     try:
         for bundle in bundles:
             progress(len(scores), len(groups))
             totals = [torch.zeros(len(counts), g.channels, dtype=torch.float64) for g in bundle]
-            for pixels, labels in zip(
-                torch.split(images.pixels, batch), torch.split(images.labels, batch), strict=True
-            ):
-                for total, each in zip(totals, score(model, bundle, pixels.float() / 255, labels, batch), strict=True):
+            for pixels, labels in batches:
+                with evaluating(model):
+                    found = score(model, bundle, pixels.float() / 255, labels, batch)
+                for total, each in zip(totals, found, strict=True):
                     total.index_add_(0, labels, each.double())
             scores |= {g.name: (t / counts[:, None]).float() for g, t in zip(bundle, totals, strict=True)}
             if path:
                 _write(path, made_from, scores)
         progress(len(groups), len(groups))
     finally:
-        model.train(was_training)
         for parameter, before in zip(model.parameters(), needed, strict=True):
             parameter.requires_grad_(before)
     return Impact(method, scores)

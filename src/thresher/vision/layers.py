@@ -1,7 +1,8 @@
 """The convolutions of a model: where they are, what each costs, and which are left alone and why."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
@@ -113,15 +114,24 @@ def weights_digest(model: nn.Module) -> str:
     return hashed.hexdigest()[:16]
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, as long as the context lasts; then each of its modules is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def count_macs(model: nn.Module, example: torch.Tensor) -> int:
     """Multiply-adds of one image, as torch's FlopCounterMode counts convolutions and matrix products."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(example)
-    model.train(was_training)
     return int(counter.get_total_flops()) // 2 // len(example)
 
 
@@ -152,13 +162,10 @@ def survey(model: nn.Module, example: torch.Tensor, first: bool = False, leave: 
         return hook
 
     handles = [m.register_forward_hook(note(name)) for name, m in modules.items()]
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             unwrap_logits(model(example))
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     times = [name for name, _, _ in ran]

@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from thresher.errors import ModelError
+from thresher.vision.layers import evaluating
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,23 @@ class _Tracer(fx.Tracer):
 
 def trace(model: nn.Module) -> fx.GraphModule:
     """The graph of a model in eval mode, its layers the same objects. Raises ModelError that says where it fails."""
-    was_training = model.training
     try:
-        traced = fx.GraphModule(model, _Tracer().trace(model.eval()))
+        with evaluating(model):
+            graph = _Tracer().trace(model)
     except Exception as error:  # of the tracer, or of the model's code that meets its proxies
         own = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
         where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})" if len(own) > 1 else ""
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"the model's graph cannot be traced: {said}{where}") from error
-    finally:
-        model.train(was_training)
+    traced = _piece(model, graph)
     _flatten(traced.graph)
     return traced
+
+
+def _piece(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    piece = fx.GraphModule(model, graph)
+    piece.training = model.training  # it would begin in training mode, whatever its layers are in
+    return piece
 
 
 def _flatten(graph: fx.Graph) -> None:
@@ -74,12 +80,9 @@ def _counts_images(value: object) -> bool:
 def cut_points(model: nn.Module, example: torch.Tensor) -> list[Cut]:
     """Where it can be parted, in order: before each convolution or block of them, cheap layers still before the cut.
     Raises ModelError."""
-    traced, was_training = trace(model), model.training
-    model.eval()  # the layers are shared: batch norms would learn of the example
-    try:
+    traced = trace(model)
+    with evaluating(model):  # the layers are shared: batch norms would learn of the example
         ShapeProp(traced).propagate(example)
-    finally:
-        model.train(was_training)
     nodes = list(traced.graph.nodes)
     place = {node: i for i, node in enumerate(nodes)}
     last_use = [max((place[user] for user in node.users), default=place[node]) for node in nodes]
@@ -125,11 +128,11 @@ def split_at(model: nn.Module, cuts: list[str]) -> list[fx.GraphModule]:
         copied[node] = graph.node_copy(node, here)
         if ends and node.name == ends[0] and node.op != "output":
             graph.output(copied[node])
-            pieces.append(fx.GraphModule(traced, graph))
+            pieces.append(_piece(traced, graph))
             graph = fx.Graph()
             copied = {node: graph.placeholder("x")}
             ends.pop(0)
     if ends:
         raise ModelError(f"the model has no point {ends[0]} to be parted at")
-    pieces.append(fx.GraphModule(traced, graph))
+    pieces.append(_piece(traced, graph))
     return pieces

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from thresher.errors import ModelError, UsageError
-from thresher.vision.layers import replace_module, unwrap_logits
+from thresher.vision.layers import evaluating, replace_module, unwrap_logits
 
 Kept = Mapping[str, torch.Tensor]  # of each group, by name, the indices of the channels that stay, int64
 
@@ -43,13 +43,10 @@ def run_order(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
 
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     handles = [m.register_forward_hook(note(name)) for name, m in layers]
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             unwrap_logits(model(example))
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return order
@@ -63,13 +60,10 @@ def find_head(model: nn.Module, example: torch.Tensor, classes: int) -> str:
         raise ModelError(f"the last layer ({name or 'none'}) does not give one number for each of {classes} classes")
     seen: list[torch.Tensor] = []
     handle = model.get_submodule(name).register_forward_hook(lambda m, i, o: seen.append(o))
-    was_training = model.training
-    model.eval()  # batch norms would learn of the example
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             logits = unwrap_logits(model(example))
     finally:
-        model.train(was_training)
         handle.remove()
     if not torch.equal(seen[-1].flatten(1), logits):
         raise ModelError(f"the model changes what its last layer ({name}) gives: its classes cannot be taken apart")
@@ -105,10 +99,9 @@ def _graph(model: nn.Module, example: torch.Tensor) -> Any:
     except ImportError as error:
         raise UsageError("torch-pruning is not installed: pip install --no-deps torch-pruning") from error
     parameters = [(p, p.requires_grad) for p in model.parameters()]
-    was_training = model.training
-    model.eval().requires_grad_(True)  # it follows gradients
     try:
-        with warnings.catch_warnings(), torch.enable_grad():
+        with evaluating(model), warnings.catch_warnings(), torch.enable_grad():
+            model.requires_grad_(True)  # it follows gradients
             warnings.simplefilter("ignore")
             return torch_pruning.DependencyGraph().build_dependency(
                 model, example, forward_fn=lambda m, x: unwrap_logits(m(x)), verbose=False
@@ -116,7 +109,6 @@ def _graph(model: nn.Module, example: torch.Tensor) -> Any:
     except Exception as error:
         raise ModelError(f"the model's graph cannot be traced: {_first_line(error)}") from error
     finally:
-        model.train(was_training)
         for parameter, needed in parameters:
             parameter.requires_grad_(needed)
 

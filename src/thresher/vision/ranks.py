@@ -14,7 +14,7 @@ from thresher.errors import UsageError
 from thresher.vision.decompose import Ranks, factor, make_layers
 from thresher.vision.factors import Bases, Factors, vbmf_rank
 from thresher.vision.latency import RUNTIMES, onnx_layers, onnx_runner, time_in_turns, torch_runner
-from thresher.vision.layers import Convolution, Survey, unwrap_logits
+from thresher.vision.layers import Convolution, Survey, evaluating, unwrap_logits
 
 PROBES = 7  # ranks of a layer at which its harm is measured
 COSTS = ("flops", "parameters", "latency")
@@ -164,8 +164,10 @@ def measure_harm(
 
 @torch.no_grad()
 def log_probabilities(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """[N, classes] in float64."""
-    pieces = [unwrap_logits(model(x.contiguous(memory_format=torch.channels_last))) for x in torch.split(images, 64)]
+    """[N, classes] in float64, in eval mode."""
+    parts = torch.split(images, 64)
+    with evaluating(model):
+        pieces = [unwrap_logits(model(x.contiguous(memory_format=torch.channels_last))) for x in parts]
     return F.log_softmax(torch.cat(pieces).double(), 1)
 
 
@@ -185,8 +187,6 @@ def layer_options(
     Harm is measured on images [N, C, H, W] at `probes` of them and interpolated, in the square of the error that is
     expected of the weight, between them. Without images it is that square.
     """
-    was_training = model.training
-    model.eval()
     expected = None if images is None else log_probabilities(model, images)
     result = {}
     for done, c in enumerate(surveyed.open):
@@ -205,7 +205,6 @@ def layer_options(
         options = [Option(p, costs.of(c, p), _between(known, _expected(c, b, p) ** 2)) for p in pairs]
         result[c.name] = [*options, Option(None, costs.of(c, None), 0.0)]
     progress(len(surveyed.open), len(surveyed.open))
-    model.train(was_training)
     return result
 
 

@@ -11,8 +11,9 @@ import torch
 
 from thresher.errors import StorageError
 from thresher.evaluation.statistics import Interval
-from thresher.vision.attacks import Outcome, Robustness, compare, evaluate, masking_checks, parse_attacks, transfer
+from thresher.vision.attacks import Outcome, Robustness, compare, evaluate, parse_attacks, transfer
 from thresher.vision.data import Images
+from thresher.vision.masking import masking_checks
 from thresher.vision.models import DESCRIPTION, Classifier, replaced
 
 KEPT = "robustness.json"
