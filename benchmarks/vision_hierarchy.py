@@ -20,10 +20,11 @@ from scipy.stats import mannwhitneyu
 
 from thresher.vision import Finetuning, load_classifier, load_splits
 from thresher.vision.data import Splits, select
+from thresher.vision.extraction import extract
 from thresher.vision.finetune import accuracy, predict
 from thresher.vision.grouping import Semantics, coherence, read_semantics
 from thresher.vision.hierarchy import random_tree
-from thresher.vision.hsd import Follow, extract, follow_taxonomy, make_hierarchy, visual_tree
+from thresher.vision.hsd import Follow, follow_taxonomy, make_hierarchy, visual_tree
 from thresher.vision.impact import measure_impact
 from thresher.vision.models import DESCRIPTION, Classifier, new_classifier
 from thresher.vision.pipeline import train

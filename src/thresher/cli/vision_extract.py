@@ -43,8 +43,8 @@ def extract(
 
     from thresher.vision.dissect import Settings
     from thresher.vision.dissected import PARTS
+    from thresher.vision.extraction import extract as run
     from thresher.vision.finetune import Settings as Tuning
-    from thresher.vision.hsd import extract as run
     from thresher.vision.layers import count_macs, count_parameters
     from thresher.vision.models import Classifier, read_description
 

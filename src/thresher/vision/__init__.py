@@ -10,9 +10,10 @@ from thresher.vision.compress import Settings as Compression
 from thresher.vision.data import Images, Splits, images_of, load_splits
 from thresher.vision.dissect import Settings as Dissection
 from thresher.vision.dissected import load_dissected
+from thresher.vision.extraction import extract
 from thresher.vision.finetune import Settings as Finetuning
 from thresher.vision.grouping import read_semantics
-from thresher.vision.hsd import Follow, extract, make_hierarchy
+from thresher.vision.hsd import Follow, make_hierarchy
 from thresher.vision.models import Classifier, load_classifier, save_classifier
 from thresher.vision.pipeline import tucker
 from thresher.vision.ranks import Target

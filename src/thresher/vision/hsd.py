@@ -2,7 +2,6 @@
 measured."""
 
 import copy
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from thresher.errors import ModelError, UsageError
+from thresher.errors import UsageError
 from thresher.evaluation.statistics import Interval, wilson
 from thresher.vision import finetune as tuning
 from thresher.vision.compress import latencies
 from thresher.vision.data import Images, Splits, select
-from thresher.vision.dissect import Restricted, Settings, dissect, prune_for
+from thresher.vision.dissect import Restricted, Settings, dissect
 from thresher.vision.dissected import (
-    PARTS,
-    TREE,
     Dissected,
     Part,
     expected_macs,
@@ -37,18 +34,18 @@ from thresher.vision.grouping import (
     impact_distance,
     weight_distance,
 )
-from thresher.vision.hierarchy import Tree, agglomerate, cut, groups_of, read_tree
+from thresher.vision.hierarchy import Tree, agglomerate, cut
 from thresher.vision.impact import measure_impact
-from thresher.vision.layers import count_macs, count_parameters, weights_digest
-from thresher.vision.models import Classifier, Description, load_classifier, save_classifier
+from thresher.vision.layers import count_macs, count_parameters
+from thresher.vision.models import Classifier, Description, save_classifier
 from thresher.vision.pipeline import Progress, check_data, silent
-from thresher.vision.prune import channel_groups, find_head, restrict_head
+from thresher.vision.prune import channel_groups, find_head
+from thresher.vision.routers import train_routers
 from thresher.vision.taxonomy import WEIGHTS, Taxonomy
 
 WHOLE, LEAVES = "whole", "leaves"  # folders within the result's
 TUNING, TREE_TRAINING, ROUTERS = "tuning", "finetune", "routers"
 
-ROUTER_LR = 0.05  # they start from nothing
 TUNE = tuning.Settings("soft", epochs=8, lr=0.05)  # of the tree, its leaves, and what is extracted
 
 
@@ -176,7 +173,7 @@ def make_hierarchy(
     if tuning.processes().num_processes > 1:
         raise UsageError("a network is taken apart by one process: start it without torchrun")
     settings, tune = settings or Settings(), tune or TUNE
-    _check_whole(whole)
+    check_whole(whole)
     if semantics is None and (follow is not None or tree == "taxonomy"):
         raise UsageError("to follow a taxonomy, one is needed: --taxonomy wordnet")
     tuned = (
@@ -199,7 +196,7 @@ def make_hierarchy(
         folder=folder / TREE_TRAINING,
         progress=lambda done, total: progress("training the tree", done, total),
     )
-    train_routers(net, data, tune, folder / ROUTERS, progress)
+    train_routers(net, whole.module, data, tune, folder / ROUTERS, progress)
     accuracy, costs = _measure(whole, tuned, net, data.test)
     about = replace(tuned.about, history={})
     leaves = _save_leaves(whole, net, about, parts, data, tune, folder, batches, progress)
@@ -218,7 +215,7 @@ def make_hierarchy(
     return made
 
 
-def _check_whole(whole: Classifier) -> None:
+def check_whole(whole: Classifier) -> None:
     if whole.about.ranks or whole.about.folded or whole.about.pruned:
         raise UsageError("a decomposed or pruned model cannot be taken apart: take the whole one apart, then its parts")
 
@@ -235,51 +232,6 @@ def _chosen(tree: Tree | str, tuned: Classifier, data: Splits, semantics: Semant
 
 def _right(model: nn.Module, images: Images) -> Interval:
     return wilson(round(tuning.accuracy(model, images) * len(images)), len(images))
-
-
-class _Split(nn.Module):
-    """A router behind the pieces it reads, which stay as they are."""
-
-    def __init__(self, net: Dissected, key: str) -> None:
-        super().__init__()
-        self.before = nn.Sequential(*(net.pieces[k] for k in net.way(key)))
-        self.router = net.routers[key]
-
-    def train(self, mode: bool = True) -> "_Split":
-        super().train(mode)
-        self.before.eval()
-        return self
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            features = self.before(images)
-        out: torch.Tensor = self.router(features)
-        return out
-
-
-def train_routers(
-    net: Dissected, data: Splits, tune: tuning.Settings, folder: Path, progress: Progress = silent
-) -> None:
-    """Each on the images of its node's classes, to tell the children apart; nothing else of the network changes. Raises
-    UsageError, StorageError."""
-    settings = replace(tune, objective="cross-entropy", lr=ROUTER_LR)
-    for key, node in keyed(net.tree):
-        if node.children:
-            tuning.finetune(
-                _Split(net, key),
-                _by_child(data.train, node),
-                _by_child(data.validation, node),
-                settings,
-                folder=folder / key,
-                progress=lambda done, total: progress("training routers", done, total),
-            )
-
-
-def _by_child(images: Images, node: Tree) -> Images:
-    chosen = select(images, node.classes)
-    child = {c: i for i, below in enumerate(node.children) for c in below.classes}
-    labels = torch.tensor([child[c] for c in node.classes])[chosen.labels]
-    return Images(chosen.pixels, labels, tuple(f"{i}" for i in range(len(node.children))))
 
 
 def _measure(
@@ -329,14 +281,31 @@ def _save_leaves(
             continue
         leaf = leaf_classifier(net, about, parts, key, whole.module)
         name = leaf_name(key, node, about.classes)
-        chosen = _images_of(whole, node.classes, data)
+        chosen = images_of(whole, node.classes, data)
         teacher = Restricted(whole.module, node.classes)
-        _finetune_for(leaf.module, teacher, chosen, tune, folder / LEAVES / name / TUNING, progress)
-        found.append(_leaf(name, leaf, whole, chosen.test, node.classes, folder / LEAVES / name, batches))
+        finetune_for(leaf.module, teacher, chosen, tune, folder / LEAVES / name / TUNING, progress)
+        found.append(measure_leaf(name, leaf, whole, chosen.test, node.classes, folder / LEAVES / name, batches))
     return found
 
 
-def _finetune_for(
+def images_of(whole: Classifier, classes: tuple[int, ...], data: Splits) -> Splits:
+    """The images of these classes, labelled 0, 1, ...: by their names, or by their numbers where the data has all of
+    the model's classes under others. Raises UsageError."""
+    names, known = [whole.about.classes[c] for c in classes], data.train.classes
+    shape = tuple(data.train.pixels.shape[1:])
+    if shape != whole.about.shape:
+        raise UsageError(f"the model takes images of {whole.about.shape}, and the data has {shape}")
+    if set(names) <= set(known):
+        places = [known.index(name) for name in names]
+    elif len(known) == len(whole.about.classes):
+        places = list(classes)
+    else:
+        missing = [name for name in names if name not in known]
+        raise UsageError(f"the data has no class {missing[0]}: its classes are {', '.join(known[:30])}")
+    return Splits(select(data.train, places), select(data.validation, places), select(data.test, places))
+
+
+def finetune_for(
     module: nn.Module, teacher: nn.Module, data: Splits, tune: tuning.Settings, folder: Path, progress: Progress
 ) -> None:
     """On the images of some classes alone, from what the whole network says among them."""
@@ -352,7 +321,7 @@ def _finetune_for(
     module.eval()
 
 
-def _leaf(
+def measure_leaf(
     name: str,
     leaf: Classifier,
     whole: Classifier,
@@ -374,118 +343,3 @@ def _leaf(
         seconds,
         exports,
     )
-
-
-def find_classes(names: Sequence[str], known: tuple[str, ...]) -> tuple[int, ...]:
-    """Numbers of classes by name, whatever their case, sorted. Raises UsageError."""
-    lower = {name.lower(): i for i, name in enumerate(known)}
-    unknown = [name for name in names if name.lower() not in lower]
-    if unknown:
-        raise UsageError(f"there is no class {unknown[0]}: classes are {', '.join(known[:30])}")
-    found = tuple(sorted({lower[name.lower()] for name in names}))
-    if len(found) < 2:
-        raise UsageError("a sub-network tells two or more classes apart")
-    return found
-
-
-def extract(
-    source: Path | Classifier,
-    names: Sequence[str],
-    out: Path,
-    data: Splits | None = None,
-    settings: Settings | None = None,
-    tune: tuning.Settings | None = None,
-    batches: tuple[int, ...] = (1, 32),
-    trusted: str | None = None,
-    progress: Progress = silent,
-) -> tuple[Classifier, Leaf | None]:
-    """The smallest sub-network for these classes, from what `make_hierarchy` wrote or from any whole classifier.
-
-    Without data: the leaf that holds all of them, its last layer restricted (nothing is measured). With data, which may
-    be of these classes alone: the (tuned) whole network pruned for exactly these classes and fine-tuned from it, or the
-    leaf if that is smaller. Raises UsageError where neither is to be had, ModelError, StorageError.
-    """
-    whole = source if isinstance(source, Classifier) else _whole_of(source, trusted)
-    _check_whole(whole)
-    classes = find_classes(names, whole.about.classes)
-    leaf = None if isinstance(source, Classifier) else _leaf_of(source, whole, classes, trusted)
-    if data is None:
-        if leaf is None:
-            held = "a whole network has no leaves" if isinstance(source, Classifier) else _leaves_of(source, whole)
-            raise UsageError(f"{held}: give --data to make a sub-network for these classes")
-        save_classifier(leaf, out, export=True)
-        return leaf, None
-    chosen = _images_of(whole, classes, data)
-    pruned = _pruned(whole, classes, chosen, settings or Settings(), tune or TUNE, out, progress)
-    best = min((pruned, leaf or pruned), key=lambda c: count_macs(c.module, c.example))
-    return best, _leaf("-".join(best.about.classes), best, whole, chosen.test, classes, out, batches)
-
-
-def _whole_of(folder: Path, trusted: str | None) -> Classifier:
-    """The (tuned) whole network that `make_hierarchy` took apart."""
-    if not (folder / PARTS).is_file():
-        raise ModelError(f"{folder}: no network along a tree, which `thresher vision hierarchy` makes: no {PARTS}")
-    return load_classifier(str(folder / WHOLE), trusted=trusted)
-
-
-def _leaves_of(folder: Path, whole: Classifier) -> str:
-    groups = groups_of(read_tree(folder / TREE, whole.about.classes))
-    said = "; ".join(", ".join(whole.about.classes[i] for i in group) for group in groups)
-    return f"no leaf holds all of these classes (leaves: {said})"
-
-
-def _leaf_of(folder: Path, whole: Classifier, classes: tuple[int, ...], trusted: str | None) -> Classifier | None:
-    """The leaf, as trained alone, that holds all of these classes, its last layer restricted to them."""
-    tree = read_tree(folder / TREE, whole.about.classes)
-    lowest = tree.lowest(classes)
-    if lowest.children:
-        return None
-    key = next(k for k, node in keyed(tree) if node == lowest)
-    leaf = load_classifier(str(folder / LEAVES / leaf_name(key, lowest, whole.about.classes)), trusted=trusted)
-    return _restricted(leaf, [lowest.classes.index(c) for c in classes])
-
-
-def _images_of(whole: Classifier, classes: tuple[int, ...], data: Splits) -> Splits:
-    """The images of these classes, labelled 0, 1, ...: by their names, or by their numbers where the data has all of
-    the model's classes under others. Raises UsageError."""
-    names, known = [whole.about.classes[c] for c in classes], data.train.classes
-    shape = tuple(data.train.pixels.shape[1:])
-    if shape != whole.about.shape:
-        raise UsageError(f"the model takes images of {whole.about.shape}, and the data has {shape}")
-    if set(names) <= set(known):
-        places = [known.index(name) for name in names]
-    elif len(known) == len(whole.about.classes):
-        places = list(classes)
-    else:
-        missing = [name for name in names if name not in known]
-        raise UsageError(f"the data has no class {missing[0]}: its classes are {', '.join(known[:30])}")
-    return Splits(select(data.train, places), select(data.validation, places), select(data.test, places))
-
-
-def _restricted(leaf: Classifier, rows: list[int]) -> Classifier:
-    module = copy.deepcopy(leaf.module)
-    restrict_head(module, find_head(module, leaf.example, len(leaf.about.classes)), torch.tensor(rows))
-    return Classifier(module, replace(leaf.about, classes=tuple(leaf.about.classes[i] for i in rows)))
-
-
-def _pruned(
-    whole: Classifier,
-    classes: tuple[int, ...],
-    data: Splits,
-    settings: Settings,
-    tune: tuning.Settings,
-    out: Path,
-    progress: Progress,
-) -> Classifier:
-    """The whole network pruned for these classes and fine-tuned from it; data: their images, labelled 0, 1, ..."""
-    made, teacher = _restricted(whole, list(classes)), Restricted(whole.module, classes)
-    least = tuning.accuracy(teacher, data.validation) - settings.fall
-    macs, parameters = count_macs(whole.module, whole.example), count_parameters(whole.module)
-    limits = settings.flops * macs, settings.parameters * parameters
-    sample = select(data.train, range(len(classes)), settings.images)
-    module, share = prune_for(made.module, made.example, sample, data.validation, None, least, limits, settings)
-    _finetune_for(module, teacher, data, tune, out / TUNING, progress)
-    groups, _ = channel_groups(module, made.example, find_head(module, made.example, len(classes)))
-    history = {"extracted": {"share": share, "from": weights_digest(whole.module)}}
-    pruned = {g.name: g.channels for g in groups}
-    return Classifier(module.eval(), replace(made.about, pruned=pruned, history=history))
