@@ -5,7 +5,8 @@ python benchmarks/vision_hierarchy.py --out trees [--data fashion-animals,fashio
 For each data set, net and seed: a teacher; the teacher tuned to WordNet in each way, and to a WordNet whose classes
 changed places (which must not help); how groups of each network, by impact, follow WordNet at several counts; then the
 network taken apart as it is and as it is tuned, and three classes extracted. Every step is kept as it ends (a line of
-results.jsonl, checkpoints beside it), and the same command goes on. At the end a table.
+results.jsonl, checkpoints beside it), and the same command goes on; several processes may share a folder if their
+seeds, nets or data differ. At the end a table.
 """
 
 import argparse
@@ -119,15 +120,16 @@ def run(arguments: argparse.Namespace) -> None:
                     right = accuracy(model.module, data.test)
                     note(base | {"step": name}, {"accuracy": right, "groups": counts, "wordnet": own})
                 for name in arguments.trees:
-                    if not missing(base | {"step": f"tree, {name}"}):
+                    if not missing(base | {"step": f"extract, {name}"}):
                         continue
                     tune = Finetuning("soft", arguments.tuning, lr=0.05, seed=seed)
                     learn = Finetuning("soft", 3, lr=0.05, seed=seed)
                     follow = Follow(name, FOLLOWS[name], tune=learn) if name != "none" else None
-                    made = make_hierarchy(
-                        teacher, data, semantics, folder / f"tree-{name}", tune=tune, follow=follow, groups=5
-                    )
-                    note(base | {"step": f"tree, {name}"}, made.summary())
+                    if missing(base | {"step": f"tree, {name}"}):
+                        made = make_hierarchy(
+                            teacher, data, semantics, folder / f"tree-{name}", tune=tune, follow=follow, groups=5
+                        )
+                        note(base | {"step": f"tree, {name}"}, made.summary())
                     chosen = EXTRACTED[source]
                     _, leaf = extract(folder / f"tree-{name}", chosen, folder / f"few-{name}", data, tune=tune)
                     assert leaf is not None
@@ -150,13 +152,15 @@ def table(results: Path) -> None:
                 said + "; ".join(f"{key} {spread([r[key] for r in rows], digits=4)}" for key in ("own", "others", "p"))
             )
         elif step.startswith("tree"):
-            for use in ("whole", "tuned", "all", "soft", "hard"):
-                if use in rows[0]["accuracy"]:
-                    said += f"{use} {spread([r['accuracy'][use]['mean'] for r in rows], 100, 2)}; "
-            print(
-                said
-                + f"FLOPs {spread([r['costs']['macs']['hard'] / r['costs']['macs']['whole'] for r in rows], 100, 0)}"
-            )
+            uses = []
+            for use in rows[0]["accuracy"]:
+                right = [r["accuracy"][use]["mean"] for r in rows]
+                less = statistics.mean(r - row["accuracy"]["whole"]["mean"] for r, row in zip(right, rows, strict=True))
+                uses.append(f"{use} {spread(right, 100, 2)}, {100 * less:+.2f}")
+                if use in rows[0]["costs"]["macs"]:
+                    shares = [r["costs"]["macs"][use] / r["costs"]["macs"]["whole"] for r in rows]
+                    uses[-1] += f", at {spread(shares, 100, 1)} % of the FLOPs"
+            print(said + "; ".join(uses))
             for row in rows:
                 for leaf in row["leaves"]:
                     print(f"  seed {row['run']['seed']} {leaf_line(leaf)}")
@@ -197,7 +201,9 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=12, help="of the teacher")
     parser.add_argument("--tuning", type=int, default=8, help="epochs of the tree, its routers and its leaves")
     parser.add_argument("--table", action="store_true", help="print what there is, and run nothing")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
+    torch.set_num_threads(given.threads)
     if not given.table:
         run(given)
     table(given.out / "results.jsonl")

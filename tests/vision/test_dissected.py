@@ -166,31 +166,44 @@ def test_soft_multiplies_the_rates_along_the_way(made):
     assert np.allclose(given, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("least", [0.0, 0.2, 0.35, 1.0])
 @torch.no_grad()
-def test_routing_follows_the_best_child(made):
+def test_routing_runs_the_likely_children(made, least):
     _, net, _ = made
-    labels, counts = [], {}
-    for image in PIXELS:
-        key, node, x = "root", DEEP, image[None]
-        while len(node.classes) > 1:
+    expected, counts = torch.full((40, 7), -torch.inf), {}
+    for n, image in enumerate(PIXELS):
+        waiting = [("root", DEEP, image[None], 1.0)]
+        while waiting:
+            key, node, x, way = waiting.pop()
             counts[key] = counts.get(key, 0) + 1
             x = net.pieces[key](x)
-            best = int(outputs(net, key, x).argmax())
-            node, key = (node.children[best] if node.children else Tree((node.classes[best],))), f"{key}_{best}"
-        labels.append(node.classes[0])
+            if not node.children:
+                expected[n, list(node.classes)] = x[0]
+                continue
+            chances = way * net.routers[key](x)[0].softmax(0)
+            for i, child in enumerate(node.children):
+                if chances[i] >= least or i == int(chances.argmax()):
+                    waiting.append((f"{key}_{i}", child, x, float(chances[i])))
     net.train()
     try:
-        given, seen = net.route(PIXELS)
+        given, seen = net.route(PIXELS, least)
         assert all(module.training for module in net.modules())  # as it was
     finally:
         net.eval()
-    assert given.tolist() == labels
+    assert torch.equal(given.isinf(), expected.isinf())
+    assert torch.allclose(given, expected, atol=1e-5)
     assert seen == counts
     assert seen["root"] == 40
-    assert len(seen) == 5  # images came everywhere
-    assert len(set(labels)) >= 5
-    empty, seen = net.route(PIXELS[:0])
-    assert len(empty) == 0
+    if least == 0:
+        assert torch.allclose(given, net(PIXELS), atol=1e-5)
+    if least == 1:  # images came everywhere, each to one leaf
+        assert len(set(given.argmax(1).tolist())) >= 5
+        assert sum(seen[key] for key, node in keyed(DEEP) if not node.children) == 40
+
+
+def test_routing_of_nothing(made):
+    given, seen = made[1].route(PIXELS[:0])
+    assert given.shape == (0, 7)
     assert not seen
 
 

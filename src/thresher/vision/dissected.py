@@ -31,6 +31,7 @@ from thresher.vision.pieces import split_at
 from thresher.vision.prune import shape_pruned
 
 ROOT = "root"
+LEAST = 0.1  # chance of a leaf that is run
 PARTS, TREE = "parts.json", "tree.json"
 _MOST_BYTES = 1 << 24  # of PARTS
 
@@ -88,27 +89,30 @@ class Dissected(nn.Module):
         return torch.stack([columns[i] for i in self.tree.classes], 1)
 
     @torch.no_grad()
-    def route(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, int]]:
-        """Only the likeliest child is run at each split: classes [N], and how many images each piece and router saw."""
-        labels = torch.empty(len(images), dtype=torch.int64)
+    def route(self, images: torch.Tensor, least: float = LEAST) -> tuple[torch.Tensor, dict[str, int]]:
+        """Run only the children that an image's router gives a chance of at least `least`, counted from the root, and
+        at each split the likeliest: logits [N, classes], -inf of what was not run, and how many images each piece saw.
+        1 runs one leaf of an image, 0 all."""
+        logits = images.new_full((len(images), len(self.tree.classes)), -torch.inf)
         seen: dict[str, int] = {}
 
-        def descend(key: str, node: Tree, x: torch.Tensor, index: torch.Tensor) -> None:
-            if len(node.classes) == 1 or not len(index):
-                labels[index] = node.classes[0]
+        def descend(key: str, node: Tree, x: torch.Tensor, way: torch.Tensor, index: torch.Tensor) -> None:
+            if not len(index):
                 return
             seen[key] = len(index)
             x = self.pieces[key](x)
             if not node.children:
-                labels[index] = torch.tensor(node.classes)[unwrap_logits(x).argmax(1)]
+                logits[index[:, None], torch.tensor(node.classes)] = unwrap_logits(x)
                 return
-            best = self.routers[key](x).argmax(1)
+            ways = F.log_softmax(self.routers[key](x), 1) + way[:, None]
+            run = (ways.exp() >= least).scatter(1, ways.argmax(1, keepdim=True), True)
             for i, child in enumerate(node.children):
-                descend(f"{key}_{i}", child, x[best == i], index[best == i])
+                chosen = run[:, i]
+                descend(f"{key}_{i}", child, x[chosen], ways[chosen, i], index[chosen])
 
         with evaluating(self):
-            descend(ROOT, self.tree, images, torch.arange(len(images)))
-        return labels, seen
+            descend(ROOT, self.tree, images, images.new_zeros(len(images)), torch.arange(len(images)))
+        return logits, seen
 
     def way(self, key: str) -> list[str]:
         """The nodes from the root to this one."""

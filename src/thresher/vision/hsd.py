@@ -2,6 +2,7 @@
 measured."""
 
 import copy
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from thresher.vision.compress import latencies
 from thresher.vision.data import Images, Splits, select
 from thresher.vision.dissect import Restricted, Settings, dissect
 from thresher.vision.dissected import (
+    LEAST,
     Dissected,
     Part,
     expected_macs,
@@ -46,6 +48,7 @@ from thresher.vision.taxonomy import WEIGHTS, Taxonomy
 WHOLE, LEAVES = "whole", "leaves"  # folders within the result's
 TUNING, TREE_TRAINING, ROUTERS = "tuning", "finetune", "routers"
 
+ROUTED = {"likely": LEAST, "hard": 1.0}  # ways to run a part of the leaves, and Dissected.route's `least` of each
 TUNE = tuning.Settings("soft", epochs=8, lr=0.05)  # of the tree, its leaves, and what is extracted
 
 
@@ -80,8 +83,9 @@ class Hierarchy:
     """What `make_hierarchy` made.
 
     accuracy: of the test images, of `whole` (as given), `tuned`, `all` (all leaves' logits side by side), `soft` (all
-    leaves, weighted by the routers) and `hard` (the likeliest leaf only); costs: multiply-adds and parameters of
-    `whole`, `all` and, multiply-adds alone, `hard` on average; coherence: by kind of distance, how far the tuned
+    leaves, weighted by the routers), `likely` (only leaves with a chance of LEAST) and `hard` (the likeliest leaf
+    only); costs: multiply-adds and parameters of `whole`, `all` and, multiply-adds alone, `likely` and `hard` on
+    average; coherence: by kind of distance, how far the tuned
     network's groups follow WordNet, and `before` those of the network as given, by impact; taxonomy: the groups of
     WordNet's own tree.
     """
@@ -237,15 +241,16 @@ def _right(model: nn.Module, images: Images) -> Interval:
 def _measure(
     whole: Classifier, tuned: Classifier, net: Dissected, test: Images
 ) -> tuple[dict[str, Interval], dict[str, dict[str, float]]]:
-    right = {"soft": 0, "hard": 0}
-    seen: dict[str, int] = {}
+    right = {"soft": 0} | dict.fromkeys(ROUTED, 0)
+    seen: dict[str, Counter[str]] = {use: Counter() for use in ROUTED}
     for pixels, labels in zip(torch.split(test.pixels, 256), torch.split(test.labels, 256), strict=True):
         images = pixels.float() / 255
-        given, counts = net.route(images)
-        right["hard"] += int((given == labels).sum())
         with torch.no_grad():
             right["soft"] += int((net.soft(images).argmax(1) == labels).sum())
-        seen = {key: seen.get(key, 0) + counts.get(key, 0) for key in seen | counts}
+        for use, least in ROUTED.items():
+            logits, counts = net.route(images, least)
+            right[use] += int((logits.argmax(1) == labels).sum())
+            seen[use].update(counts)
     accuracy = {"whole": _right(whole.module, test)}
     if tuned is not whole:
         accuracy["tuned"] = _right(tuned.module, test)
@@ -255,8 +260,8 @@ def _measure(
         "macs": {
             "whole": float(count_macs(whole.module, whole.example)),
             "all": float(count_macs(net, whole.example)),
-            "hard": expected_macs(net, whole.example, seen, len(test)),
-        },
+        }
+        | {use: expected_macs(net, whole.example, seen[use], len(test)) for use in ROUTED},
         "parameters": {"whole": float(count_parameters(whole.module)), "all": float(count)},
     }
     return accuracy, costs

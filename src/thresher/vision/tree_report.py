@@ -25,6 +25,7 @@ _USES = {
     "tuned": "tuned to the taxonomy",
     "all": "all leaves side by side",
     "soft": "all leaves, weighted by the routers",
+    "likely": "leaves with a chance of at least a tenth",
     "hard": "the likeliest leaf alone",
 }
 
@@ -49,7 +50,7 @@ def write_tree_report(folder: Path, page: Path) -> dict[str, Any]:
             image(page.with_suffix(".png"), "The tree of classes"),
             "<h2>Accuracy and FLOPs</h2>",
             table(("", "test images right, %", "FLOPs, % of the whole", "parameters, %"), _uses(made)),
-            "<p>95 % intervals. The likeliest leaf alone: multiply-adds of an image on average, with routers.</p>",
+            "<p>95 % intervals. Where not all leaves are run: multiply-adds of an image on average, with routers.</p>",
             "<h2>Leaves</h2>",
             table(
                 ("leaf", "classes", "right, %", "the whole among these, %", "FLOPs", "parameters", "time"),
@@ -90,11 +91,11 @@ def _about(source: str, classes: tuple[str, ...], settings: dict[str, Any]) -> s
 
 def _uses(made: dict[str, Any]) -> list[list[str]]:
     rows = []
-    costs = {"whole": "whole", "tuned": "whole", "all": "all", "hard": "hard"}
+    costs = {"tuned": "whole", "soft": "all"}
     for name, share in made["accuracy"].items():
         row = [_USES.get(name, name), interval(share)]
         for cost in ("macs", "parameters"):
-            value = made["costs"][cost].get(costs.get(name, ""))
+            value = made["costs"][cost].get(costs.get(name, name))
             row.append(f"{100 * value / made['costs'][cost]['whole']:.0f}" if value is not None else "")
         rows.append(row)
     return rows
