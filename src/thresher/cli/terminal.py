@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from thresher.errors import StorageError, UsageError
+from thresher.files import replaced_text
 
 STDOUT = ("-", "/dev/stdout")
 
@@ -69,18 +70,12 @@ def write_json(path: Path | None, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """To a file (whole or not at all) or a pipe. Raises StorageError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if _is_stream(path):
             path.write_text(text)
-            return
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        else:
+            replaced_text(path, text)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
 
 

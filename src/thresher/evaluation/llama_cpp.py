@@ -2,7 +2,6 @@
 
 import ctypes
 import logging
-import os
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from thresher.cache.sequence import KVSequence
 from thresher.errors import UsageError
+from thresher.files import replaced
 from thresher.models.resolve import cache_folder
 
 ROOM = 1024  # tokens that can be decoded behind a prompt
@@ -180,15 +180,19 @@ def sequence_state(sequence: KVSequence, streams: int, transposed: bool, interle
 
 def requantize(source: Path, kind: str) -> Path:
     """The same model with F16 or Q8_0 matrices: quantised tensors are expanded and written anew. Kept in the cache."""
-    import gguf
-
     target = cache_folder() / "peers" / f"{source.stem}-{source.stat().st_size}-{kind}.gguf"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    replaced(target, lambda part: _write_quantized(source, part, kind))
+    return target
+
+
+def _write_quantized(source: Path, part: Path, kind: str) -> None:
+    import gguf
+
     reader = gguf.GGUFReader(source)
-    making = target.with_suffix(f".{os.getpid()}.making")
-    writer = gguf.GGUFWriter(making, reader.fields["general.architecture"].contents())
+    writer = gguf.GGUFWriter(part, reader.fields["general.architecture"].contents())
     kinds = gguf.GGMLQuantizationType
     for field in reader.fields.values():
         if field.name in ("general.architecture", "general.file_type") or field.name.startswith("GGUF."):
@@ -203,5 +207,3 @@ def requantize(source: Path, kind: str) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    os.replace(making, target)
-    return target

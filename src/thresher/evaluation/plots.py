@@ -1,11 +1,11 @@
 """Static plots: quality against bytes read, time against context."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thresher.errors import StorageError, UsageError
+from thresher.files import replaced
 
 if TYPE_CHECKING:
     from thresher.evaluation.bench import Timing
@@ -103,12 +103,10 @@ def load_pyplot() -> Any:
 
 def save_figure(pyplot: Any, figure: Any, path: Path) -> None:
     """Whole or not at all, and let the figure go. Raises StorageError."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix or '.png'}")
+    kind = path.suffix[1:] or "png"
     try:
-        figure.savefig(temporary, dpi=150, bbox_inches="tight")
-        os.replace(temporary, path)
+        replaced(path, lambda part: figure.savefig(part, format=kind, dpi=150, bbox_inches="tight"))
     except (OSError, ValueError) as error:
-        temporary.unlink(missing_ok=True)
         raise StorageError(f"{path}: cannot be written: {error}") from error
     finally:
         pyplot.close(figure)

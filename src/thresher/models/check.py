@@ -3,8 +3,6 @@
 import inspect
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 import xxhash
 
+from thresher.files import replaced_text
 from thresher.kernels import _native
 from thresher.kernels.attention import AttentionPlan, Heads
 from thresher.kernels.native import kernel_set
@@ -156,9 +155,6 @@ def write_check(file: Path, check: Check) -> None:
     """Keep a result. A cache that cannot be written costs the next load a few seconds, no more."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            made = Path(folder, "check")
-            made.write_text(json.dumps(asdict(check)))
-            os.replace(made, file)
+        replaced_text(file, json.dumps(asdict(check)))
     except OSError:
         pass

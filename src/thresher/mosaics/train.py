@@ -1,9 +1,9 @@
 """Train a Memory Mosaic, or a GPT-2 of the same size beside it, on text with transformers' Trainer."""
 
 import csv
+import io
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from thresher.errors import ModelError, StorageError, UsageError
 from thresher.evaluation.plots import load_pyplot, save_figure
+from thresher.files import replaced_text
 from thresher.models.mosaic import MemoryMosaicConfig, MemoryMosaicForCausalLM, decay_groups
 from thresher.mosaics.corpus import Corpus
 
@@ -278,7 +279,7 @@ def train(
     if trainer.is_world_process_zero():
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-        _write(out / SUMMARY, json.dumps(asdict(result), indent=1))
+        replaced_text(out / SUMMARY, json.dumps(asdict(result), indent=1))
     return result
 
 
@@ -291,12 +292,11 @@ def load_result(out: Path) -> Result:
 
 def write_curve(points: list[Point], path: Path) -> None:
     """The loss curve as CSV, whole or not at all."""
-    new = path.with_suffix(".new")
-    with new.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(asdict(points[0]))
-        writer.writerows(asdict(p).values() for p in points)
-    os.replace(new, path)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(asdict(points[0]))
+    writer.writerows(asdict(p).values() for p in points)
+    replaced_text(path, text.getvalue())
 
 
 def plot_curve(curves: dict[str, list[Point]], path: Path) -> None:
@@ -336,13 +336,7 @@ def _prepare(out: Path, settings: Settings, corpus: Corpus, vocabulary: int, res
             other = [f"{name} {value}" for name, value in earlier.items() if present.get(name) != value]
             if other:
                 raise UsageError(f"{out} holds another training ({', '.join(other)}): give another --out, or --restart")
-        _write(noted, json.dumps(present))
+        replaced_text(noted, json.dumps(present))
     except OSError as error:
         raise StorageError(f"{out}: cannot be written: {error.strerror}") from error
     return read_curve(out / CURVE) if resume and (out / CURVE).exists() else []
-
-
-def _write(path: Path, text: str) -> None:
-    new = path.with_suffix(".new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from thresher.errors import ModelError, StorageError, UsageError
+from thresher.files import replaced, replaced_text
 from thresher.vision.hierarchy import Tree, read_tree, write_tree
 from thresher.vision.layers import count_macs, evaluating, unwrap_logits
 from thresher.vision.models import (
@@ -23,7 +24,6 @@ from thresher.vision.models import (
     build,
     load_weights,
     read_description,
-    replaced,
     write_description,
 )
 from thresher.vision.nets import conv_bn
@@ -187,7 +187,7 @@ def save_dissected(net: Dissected, about: Description, parts: dict[str, Part], f
         state = {n: t.detach().cpu().contiguous().clone() for n, t in net.state_dict().items()}
         replaced(folder / WEIGHTS, lambda part: save_file(state, part))
         said = json.dumps({key: asdict(part) for key, part in parts.items()}, indent=1)
-        replaced(folder / PARTS, lambda part: part.write_text(said))
+        replaced_text(folder / PARTS, said)
         write_tree(net.tree, about.classes, folder / TREE)
         write_description(about, folder)
     except OSError as error:

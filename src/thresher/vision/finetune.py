@@ -1,12 +1,13 @@
 """Train a classifier, or fine-tune a decomposed one from its teacher: one loop, resumable, on accelerate's devices."""
 
 import csv
+import io
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from thresher.errors import StorageError, UsageError
+from thresher.files import replaced, replaced_text
 from thresher.vision.data import Images, augment
 from thresher.vision.layers import channels_last, evaluating, unwrap_logits, weights_digest
 from thresher.vision.losses import attack_for_training, find_objective, objective_loss
@@ -266,15 +268,14 @@ def _keep(folder: Path, student: nn.Module, optimizer: Any, made_from: dict[str,
         "student": student.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
+    table = io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow(("epoch", "loss", "accuracy", "seconds"))
+    writer.writerows(astuple(e) for e in curve)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / (CHECKPOINT + ".part")
-        torch.save(saved, part)
-        os.replace(part, folder / CHECKPOINT)
-        with open(folder / CURVE, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("epoch", "loss", "accuracy", "seconds"))
-            writer.writerows(astuple(e) for e in curve)
+        replaced(folder / CHECKPOINT, partial(torch.save, saved))
+        replaced_text(folder / CURVE, table.getvalue())
     except OSError as error:
         raise StorageError(f"{folder}: the checkpoint cannot be written: {error.strerror}") from error
 

@@ -5,7 +5,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 
 from thresher.errors import StorageError, UsageError
 from thresher.evaluation.plots import load_pyplot, save_figure
-from thresher.vision.models import replaced
+from thresher.files import replaced_text
 from thresher.vision.wordnet import ancestors, depth, parents
 
 MOST_LEVELS = 100  # of a tree: those of thousands of classes have some 20
@@ -207,13 +206,9 @@ def write_tree(tree: Tree, classes: tuple[str, ...], path: Path) -> None:
 
     text = json.dumps({"classes": len(classes), "tree": raw(tree)}, indent=1) + "\n"
     try:
-        replaced(path, partial(_write, text))
+        replaced_text(path, text)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def _write(text: str, part: Path) -> None:
-    part.write_text(text, encoding="utf-8")
 
 
 def _check_names(tree: Tree, classes: tuple[str, ...]) -> None:

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from thresher.errors import StorageError, UsageError
+from thresher.files import replaced
 from thresher.vision.data import Images
 from thresher.vision.layers import evaluating, unwrap_logits, weights_digest
-from thresher.vision.models import replaced
 from thresher.vision.prune import ChannelGroup, Kept, gated
 
 METHODS = ("ablation", "taylor", "activation")

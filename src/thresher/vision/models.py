@@ -3,7 +3,6 @@
 import importlib
 import json
 import logging
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import fx, nn
 
 from thresher.errors import ModelError, StorageError, UsageError
+from thresher.files import replaced, replaced_text
 from thresher.vision.decompose import shape_layers
 from thresher.vision.layers import contiguous, shape_folded, unwrap_logits
 from thresher.vision.nets import NETS, make_net
@@ -261,7 +261,7 @@ def read_description(folder: Path) -> Description:
 def write_description(about: Description, folder: Path) -> None:
     """As DESCRIPTION. Raises OSError."""
     said = json.dumps({"format": _FORMAT, **asdict(about)}, indent=1)
-    replaced(folder / DESCRIPTION, lambda part: part.write_text(said))
+    replaced_text(folder / DESCRIPTION, said)
 
 
 def _three(values: Any) -> tuple[int, int, int]:
@@ -317,17 +317,6 @@ def save_classifier(classifier: Classifier, folder: Path, export: bool = False) 
         return apart
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error.strerror}") from error
-
-
-def replaced(path: Path, write: Callable[[Path], Any]) -> Any:
-    """Write a file under another name and give it its own once it is whole; returns what `write` does."""
-    part = path.with_name(f".part-{path.name}")
-    try:
-        result = write(part)
-        os.replace(part, path)
-        return result
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _exported(classifier: Classifier) -> Any:

@@ -5,7 +5,6 @@ import csv
 import io
 import json
 from dataclasses import dataclass
-from functools import partial
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 
 from thresher.errors import ModelError, StorageError
 from thresher.evaluation.plots import load_pyplot, save_figure
-from thresher.vision.models import DESCRIPTION, replaced
+from thresher.files import replaced_text
+from thresher.vision.models import DESCRIPTION
 from thresher.vision.robustness import KEPT
 
 
@@ -77,13 +77,9 @@ def write_page(page: Path, title: str, kind: str, about: str, body: list[str], r
     text = template.substitute(title=escape(title), kind=kind, about=escape(about), body="\n".join(body))
     try:
         for path, content in ((page, text), (page.with_suffix(".csv"), rows)):
-            replaced(path, partial(_write, content))
+            replaced_text(path, content)
     except OSError as error:
         raise StorageError(f"{page}: cannot be written: {error.strerror}") from error
-
-
-def _write(content: str, part: Path) -> None:
-    part.write_text(content, encoding="utf-8")
 
 
 def image(picture: Path, alt: str) -> str:

@@ -11,10 +11,11 @@ import torch
 
 from thresher.errors import StorageError
 from thresher.evaluation.statistics import Interval
+from thresher.files import replaced_text
 from thresher.vision.attacks import Outcome, Robustness, compare, evaluate, parse_attacks, transfer
 from thresher.vision.data import Images
 from thresher.vision.masking import masking_checks
-from thresher.vision.models import DESCRIPTION, Classifier, replaced
+from thresher.vision.models import DESCRIPTION, Classifier
 
 KEPT = "robustness.json"
 
@@ -127,7 +128,7 @@ def keep(report: Report, folder: Path) -> Path | None:
         return None
     path = folder / KEPT
     try:
-        replaced(path, lambda part: part.write_text(json.dumps(report.summary(), indent=1)))
+        replaced_text(path, json.dumps(report.summary(), indent=1))
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
     return path
