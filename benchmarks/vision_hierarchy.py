@@ -110,7 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
                 teacher = load_classifier(str(folder))
                 if missing(base | {"step": "impact"}):
                     note(base | {"step": "impact"}, rank_test(teacher, data))
-                for name in FOLLOWS:
+                for name in arguments.follows:
                     if not missing(base | {"step": name}):
                         continue
                     model = tuned(teacher, data, semantics, name, seed, folder / name)
@@ -198,6 +198,7 @@ if __name__ == "__main__":
     parser.add_argument("--nets", type=lambda s: s.split(","), default=["resnet"])
     parser.add_argument("--seeds", type=lambda s: [int(i) for i in s.split(",")], default=[0, 1, 2])
     parser.add_argument("--trees", type=lambda s: s.split(","), default=["none", "align"])
+    parser.add_argument("--follows", type=lambda s: s.split(","), default=list(FOLLOWS), help="ways to tune")
     parser.add_argument("--epochs", type=int, default=12, help="of the teacher")
     parser.add_argument("--tuning", type=int, default=8, help="epochs of the tree, its routers and its leaves")
     parser.add_argument("--table", action="store_true", help="print what there is, and run nothing")
