@@ -11,6 +11,7 @@ seeds, nets or data differ. At the end a table.
 
 import argparse
 import json
+import shutil
 import statistics
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from thresher.vision.extraction import extract
 from thresher.vision.finetune import accuracy, predict
 from thresher.vision.grouping import Semantics, coherence, read_semantics
 from thresher.vision.hierarchy import random_tree
-from thresher.vision.hsd import Follow, follow_taxonomy, make_hierarchy, visual_tree
+from thresher.vision.hsd import TUNING, Follow, follow_taxonomy, make_hierarchy, visual_tree
 from thresher.vision.impact import measure_impact
 from thresher.vision.models import DESCRIPTION, Classifier, new_classifier
 from thresher.vision.pipeline import train
@@ -126,6 +127,8 @@ def run(arguments: argparse.Namespace) -> None:
                     learn = Finetuning("soft", 3, lr=0.05, seed=seed)
                     follow = Follow(name, FOLLOWS[name], tune=learn) if name != "none" else None
                     if missing(base | {"step": f"tree, {name}"}):
+                        if (folder / name).is_dir():  # tuned in the same way above
+                            shutil.copytree(folder / name, folder / f"tree-{name}" / TUNING, dirs_exist_ok=True)
                         made = make_hierarchy(
                             teacher, data, semantics, folder / f"tree-{name}", tune=tune, follow=follow, groups=5
                         )
