@@ -11,6 +11,7 @@ from PIL import Image
 
 from thresher.cli.vision_train import Source
 from thresher.errors import UsageError
+from thresher.vision.models import new_classifier, save_classifier
 
 SMALL = ("--threads", 1, "--batch", 32)
 
@@ -77,6 +78,21 @@ def test_tucker(smaller):
     assert {p.name for p in out.iterdir()} >= {"model.safetensors", "model.onnx", "model.pt2", "vision.json"}
     assert "accuracy: whole" in said
     assert any(layer["kind"] == "tucker" for layer in found["layers"])
+    assert json.loads((out / "vision.json").read_text())["history"]["finetune"]["objective"] == "attention"
+
+
+def test_another_teacher(teacher, data, tmp_path):
+    """Its layers are others, so its logits are what there is to learn from."""
+    other = new_classifier("vgg", ("columns", "plain", "rows"), (3, 16, 16), 0)
+    save_classifier(other, tmp_path / "vgg")
+    options = (*("--data", data, "--distill", "--teacher", tmp_path / "vgg", "--epochs", 1, "--batches", 1), *SMALL)
+    done = call("vision", "tucker", teacher[0], "--target-flops", 0.5, "--out", tmp_path / "out", *options)
+    assert done.returncode == 0, done.stderr
+    said = json.loads((tmp_path / "out" / "vision.json").read_text())
+    assert said["history"]["finetune"]["objective"] == "soft"
+    words = "the teacher has no layer blocks.0.first.0 to compare with: use a loss of logits, as soft"
+    asked = ("--target-flops", 0.5, "--out", tmp_path / "features", "--loss", "attention")
+    fails(2, words, "vision", "tucker", teacher[0], *asked, *options)
 
 
 def test_the_same_command_goes_on(smaller, teacher, data):

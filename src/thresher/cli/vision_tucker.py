@@ -54,12 +54,13 @@ def tucker(
         str | None, typer.Option(help="Another teacher of the same classes. Default: the model.", show_default=False)
     ] = None,
     loss: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="cross-entropy (no teacher), logits, soft, hint, attention, similarity, relation, mixed, ard or rslad "
-            "(against attacks)."
+            "(against attacks). Default: attention, or soft from another teacher, whose layers may be others.",
+            show_default=False,
         ),
-    ] = "soft",
+    ] = None,
     epochs: Annotated[int, typer.Option(help="Of fine-tuning.", min=1)] = 3,
     batch: Annotated[int, typer.Option(help="Images of a step.", min=2)] = 128,
     lr: Lr = 0.01,
@@ -102,6 +103,7 @@ def tucker(
         first=first,
         leave=tuple(leave or ()),
     )
+    loss = loss or ("soft" if teacher else "attention")
     tune = Settings(loss, epochs, batch, lr, pad=pad, epsilon=epsilon, seed=seed) if distill else None
     if distill and data is None:
         raise UsageError("--distill needs --data")

@@ -92,7 +92,7 @@ def captured(model: nn.Module, layers: list[str]) -> Iterator[list[torch.Tensor]
     modules = dict(model.named_modules())
     unknown = [name for name in layers if name not in modules]
     if unknown:
-        raise UsageError(f"the teacher has no layer {unknown[0]} to compare with")
+        raise UsageError(f"the teacher has no layer {unknown[0]} to compare with: use a loss of logits, as soft")
 
     def keep(i: int) -> Callable[[nn.Module, Any, torch.Tensor], None]:
         def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
