@@ -158,7 +158,7 @@ def show(made: "Hierarchy") -> None:
     say("accuracy: " + ", ".join(f"{name} {100 * share.mean:.2f} %" for name, share in made.accuracy.items()))
     macs = made.costs["macs"]
     say(f"FLOPs of the whole's: all branches {100 * macs['all'] / macs['whole']:.0f} %, "
-        f"leaves with a chance of a tenth {100 * macs['likely'] / macs['whole']:.0f} %, "
+        f"leaves with a chance of 2 % {100 * macs['likely'] / macs['whole']:.0f} %, "
         f"the likeliest alone {100 * macs['hard'] / macs['whole']:.0f} %")  # fmt: skip
     for name, found in made.coherence.items():
         say(f"groups by {_named(name)}: Wu-Palmer {found.wu_palmer.value:.3f} (random {found.wu_palmer.mean:.3f}, "

@@ -25,7 +25,7 @@ _USES = {
     "tuned": "tuned to the taxonomy",
     "all": "all leaves side by side",
     "soft": "all leaves, weighted by the routers",
-    "likely": "leaves with a chance of at least a tenth",
+    "likely": "leaves with a chance of 2 %",
     "hard": "the likeliest leaf alone",
 }
 
