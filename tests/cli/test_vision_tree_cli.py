@@ -79,6 +79,9 @@ def test_hierarchy(parts):
         assert leaf["parameters"] <= 0.4
         assert max(leaf["exports"].values()) < 1e-4
     assert set(found["accuracy"]) == {"whole", "tuned", "all", "soft", "likely", "hard"}
+    kept = {where: torch.load(parts[0] / where / "checkpoint.pt") for where in ("finetune", "leaves/0-footwear/tuning")}
+    taught = [run["made_from"]["settings"]["objective"] for run in kept.values()]
+    assert taught == ["soft", "cross-entropy"]  # the tree from the whole network, a leaf for itself from labels
     assert found["coherence"]["taxonomy"]["rand"] == 1
     macs = found["costs"]["macs"]
     assert macs["hard"] <= macs["likely"] < macs["all"]

@@ -278,8 +278,9 @@ def _save_leaves(
     batches: tuple[int, ...],
     progress: Progress,
 ) -> list[Leaf]:
-    """Each leaf as a model of its own, trained once more on the images of its classes alone; in the tree it stays as it
-    is."""
+    """Each leaf as a model of its own, trained once more on the images and labels of its classes alone, which makes it
+    better at them than the whole network (docs/results.md); in the tree it stays as it is."""
+    alone = replace(tune, objective="cross-entropy")
     found = []
     for key, node in keyed(net.tree):
         if node.children or len(node.classes) == 1:
@@ -287,8 +288,7 @@ def _save_leaves(
         leaf = leaf_classifier(net, about, parts, key, whole.module)
         name = leaf_name(key, node, about.classes)
         chosen = images_of(whole, node.classes, data)
-        teacher = Restricted(whole.module, node.classes)
-        finetune_for(leaf.module, teacher, chosen, tune, folder / LEAVES / name / TUNING, progress)
+        finetune_for(leaf.module, None, chosen, alone, folder / LEAVES / name / TUNING, progress)
         found.append(measure_leaf(name, leaf, whole, chosen.test, node.classes, folder / LEAVES / name, batches))
     return found
 
@@ -311,9 +311,9 @@ def images_of(whole: Classifier, classes: tuple[int, ...], data: Splits) -> Spli
 
 
 def finetune_for(
-    module: nn.Module, teacher: nn.Module, data: Splits, tune: tuning.Settings, folder: Path, progress: Progress
+    module: nn.Module, teacher: nn.Module | None, data: Splits, tune: tuning.Settings, folder: Path, progress: Progress
 ) -> None:
-    """On the images of some classes alone, from what the whole network says among them."""
+    """On the images of some classes alone. teacher: says what there is to learn among them."""
     tuning.finetune(
         module,
         data.train,
