@@ -53,7 +53,7 @@ vision-data: install  ## Fashion-MNIST and WordNet, from Debian; silhouettes of 
 vision: install vision-data  ## Train a CNN, halve its FLOPs, attack both, write a report
 	$(BIN)/thresher vision train resnet --data fashion-mnist --out build/teacher --epochs 6
 	$(BIN)/thresher vision tucker build/teacher --data fashion-mnist --target-flops 0.5 --distill --out build/smaller
-	$(BIN)/thresher vision attack build/smaller --data fashion-mnist --against build/teacher
+	$(BIN)/thresher vision attack build/smaller --data fashion-mnist --against build/teacher --attacks fgsm,pgd20 --images 200
 	$(BIN)/thresher vision report build/smaller
 
 # A separate copy, imported without the editable install: AddressSanitizer must be loaded before Python.
