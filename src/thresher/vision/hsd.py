@@ -278,8 +278,8 @@ def _save_leaves(
     batches: tuple[int, ...],
     progress: Progress,
 ) -> list[Leaf]:
-    """Each leaf as a model of its own, trained once more on the images and labels of its classes alone, which makes it
-    better at them than the whole network (docs/results.md); in the tree it stays as it is."""
+    """Each leaf as a model of its own, trained once more on the images and labels of its classes alone: better than
+    taught by the whole network (docs/results.md); in the tree it stays as it is."""
     alone = replace(tune, objective="cross-entropy")
     found = []
     for key, node in keyed(net.tree):
