@@ -203,7 +203,9 @@ if __name__ == "__main__":
     parser.add_argument("--trees", type=lambda s: s.split(","), default=["none", "align"])
     parser.add_argument("--follows", type=lambda s: s.split(","), default=list(FOLLOWS), help="ways to tune")
     parser.add_argument("--epochs", type=int, default=12, help="of the teacher")
-    parser.add_argument("--tuning", type=int, default=8, help="epochs of the tree, its routers and its leaves")
+    parser.add_argument(
+        "--tuning", type=int, default=8, help="epochs of the tree and its routers; leaves: twice as many"
+    )
     parser.add_argument("--table", action="store_true", help="print what there is, and run nothing")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()

@@ -80,8 +80,9 @@ def test_hierarchy(parts):
         assert max(leaf["exports"].values()) < 1e-4
     assert set(found["accuracy"]) == {"whole", "tuned", "all", "soft", "likely", "hard"}
     kept = {where: torch.load(parts[0] / where / "checkpoint.pt") for where in ("finetune", "leaves/0-footwear/tuning")}
-    taught = [run["made_from"]["settings"]["objective"] for run in kept.values()]
-    assert taught == ["soft", "cross-entropy"]  # the tree from the whole network, a leaf for itself from labels
+    settings = [run["made_from"]["settings"] for run in kept.values()]
+    assert [s["objective"] for s in settings] == ["soft", "cross-entropy"]  # the whole network's answers, then labels
+    assert settings[1]["epochs"] == 2 * settings[0]["epochs"]
     assert found["coherence"]["taxonomy"]["rand"] == 1
     macs = found["costs"]["macs"]
     assert macs["hard"] <= macs["likely"] < macs["all"]

@@ -71,7 +71,9 @@ def hierarchy(
     method: Method = "taylor",
     multiple: Multiple = 8,
     tune_epochs: Annotated[int, typer.Option(help="Of learning the taxonomy.", min=1)] = 3,
-    epochs: Annotated[int, typer.Option(help="Of training the tree, its routers and its leaves.", min=1)] = 8,
+    epochs: Annotated[
+        int, typer.Option(help="Of training the tree and its routers; leaves train for twice as many.", min=1)
+    ] = 8,
     batch: Annotated[int, typer.Option(help="Images of a step.", min=2)] = 128,
     lr: Lr = 0.05,
     pad: Annotated[int, typer.Option(help="Pixels that images are moved by at random, and mirrored.", min=0)] = 2,
