@@ -2,6 +2,7 @@
 measured."""
 
 import copy
+import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from thresher.errors import UsageError
+from thresher.errors import ModelError, StorageError, UsageError
 from thresher.evaluation.statistics import Interval, wilson
 from thresher.vision import finetune as tuning
 from thresher.vision.compress import latencies
@@ -19,12 +20,14 @@ from thresher.vision.data import Images, Splits, select
 from thresher.vision.dissect import Restricted, Settings, dissect
 from thresher.vision.dissected import (
     LEAST,
+    PARTS,
     Dissected,
     Part,
     expected_macs,
     keyed,
     leaf_classifier,
     leaf_name,
+    load_dissected,
     save_dissected,
 )
 from thresher.vision.grouping import (
@@ -38,7 +41,7 @@ from thresher.vision.grouping import (
 )
 from thresher.vision.hierarchy import Tree, agglomerate, cut
 from thresher.vision.impact import measure_impact
-from thresher.vision.layers import count_macs, count_parameters
+from thresher.vision.layers import count_macs, count_parameters, weights_digest
 from thresher.vision.models import Classifier, Description, save_classifier
 from thresher.vision.pipeline import Progress, check_data, silent
 from thresher.vision.prune import channel_groups, find_head
@@ -46,7 +49,7 @@ from thresher.vision.routers import train_routers
 from thresher.vision.taxonomy import WEIGHTS, Taxonomy
 
 WHOLE, LEAVES = "whole", "leaves"  # folders within the result's
-TUNING, TREE_TRAINING, ROUTERS = "tuning", "finetune", "routers"
+TUNING, DISSECTED, TREE_TRAINING, ROUTERS = "tuning", "dissected", "finetune", "routers"
 
 ROUTED = {"likely": LEAST, "hard": 1.0}  # ways to run a part of the leaves, and Dissected.route's `least` of each
 TUNE = tuning.Settings("soft", epochs=8, lr=0.05)  # of the tree, its leaves, and what is extracted
@@ -189,8 +192,7 @@ def make_hierarchy(
         found["before"] = coherence(visual_tree(whole, data.train, data.validation), semantics, groups)
         for kind in KINDS:
             found[kind] = coherence(visual_tree(tuned, data.train, data.validation, kind), semantics, groups)
-    chosen = _chosen(tree, tuned, data, semantics, groups)
-    net, parts = dissect(tuned, chosen, data.train, data.validation, settings, progress)
+    net, parts = _dissected(tuned, tree, data, semantics, groups, settings, folder / DISSECTED, progress)
     tuning.finetune(
         net,
         data.train,
@@ -222,6 +224,41 @@ def make_hierarchy(
 def check_whole(whole: Classifier) -> None:
     if whole.about.ranks or whole.about.folded or whole.about.pruned:
         raise UsageError("a decomposed or pruned model cannot be taken apart: take the whole one apart, then its parts")
+
+
+def _dissected(
+    tuned: Classifier,
+    tree: Tree | str,
+    data: Splits,
+    semantics: Semantics | None,
+    groups: int,
+    settings: Settings,
+    folder: Path,
+    progress: Progress,
+) -> tuple[Dissected, dict[str, Part]]:
+    """The network along its tree, not trained yet: that of an earlier run that asked for the same, or a new one.
+
+    Another machine or number of threads rounds otherwise, and between channels that are worth as much that decides."""
+    asked = {
+        "dissect": asdict(settings),
+        "tree": tree if isinstance(tree, str) else asdict(tree),
+        "groups": groups,
+        "synsets": list(semantics.names) if semantics else [],
+        "weights": weights_digest(tuned.module),
+        "images": [data.train.digest(), data.validation.digest()],
+    }
+    asked = json.loads(json.dumps(asked))
+    if (folder / PARTS).is_file():
+        try:
+            net, about, parts = load_dissected(folder, tuned.about.source)
+            if about.history["asked"] == asked:
+                return net, parts
+        except (ModelError, StorageError, KeyError):
+            pass  # what is there is of no use
+    chosen = _chosen(tree, tuned, data, semantics, groups)
+    net, parts = dissect(tuned, chosen, data.train, data.validation, settings, progress)
+    save_dissected(net, replace(tuned.about, history={"asked": asked}), parts, folder)
+    return net, parts
 
 
 def _chosen(tree: Tree | str, tuned: Classifier, data: Splits, semantics: Semantics | None, groups: int) -> Tree:
