@@ -23,8 +23,9 @@ from thresher.vision.attacks import ATTACKS, Attack, evaluate
 from thresher.vision.compress import compress
 from thresher.vision.data import Splits
 from thresher.vision.finetune import accuracy, finetune
+from thresher.vision.layers import count_macs, count_parameters
 from thresher.vision.losses import OBJECTIVES
-from thresher.vision.models import DESCRIPTION, Classifier, new_classifier
+from thresher.vision.models import DESCRIPTION, Classifier, new_classifier, save_classifier
 from thresher.vision.pipeline import train
 
 LOSSES = ("cross-entropy", "logits", "soft", "hint", "attention", "similarity", "relation", "mixed")
@@ -60,23 +61,38 @@ def networks(arguments: argparse.Namespace, data: Splits, wanted: Callable[[dict
             if wanted(name):
                 yield name, teacher, {}
             for share in arguments.shares:
-                made = compress(teacher, Compression(Target(share)), data.train)
-                layers = [r.name for r in made.layers if r.kind != "kept"]
+                kept = folder / f"{share}-none"
+                if not (kept / DESCRIPTION).is_file():
+                    save_classifier(compress(teacher, Compression(Target(share)), data.train).classifier, kept)
+                made = load_classifier(str(kept))
                 name = {"net": net, "seed": seed, "share": share, "loss": "none", "lr": 0.0}
                 if wanted(name):
-                    yield name, made.classifier, {"shares": made.shares}
+                    yield name, made, {"shares": shares(teacher, made)}
                 for loss in arguments.losses:
                     for lr in arguments.lrs:
                         name = {"net": net, "seed": seed, "share": share, "loss": loss, "lr": lr}
                         if not wanted(name):
                             continue
-                        student = compress(teacher, Compression(None, by_hand=made.classifier.about.ranks)).classifier
+                        student = load_classifier(str(kept))
                         settings = Finetuning(loss, arguments.tuning, lr=lr, seed=seed)
-                        kept = folder / f"{share}-{loss}-{lr}"
                         curve = finetune(
-                            student.module, data.train, data.validation, settings, teacher.module, layers, kept
+                            student.module,
+                            data.train,
+                            data.validation,
+                            settings,
+                            teacher.module,
+                            list(made.about.ranks),
+                            folder / f"{share}-{loss}-{lr}",
                         )
                         yield name, student, {"seconds": curve[-1].seconds}
+
+
+def shares(whole: Classifier, made: Classifier) -> dict[str, float]:
+    """Of the whole's FLOPs and parameters, what is left."""
+    return {
+        "flops": count_macs(made.module, made.example) / count_macs(whole.module, whole.example),
+        "parameters": count_parameters(made.module) / count_parameters(whole.module),
+    }
 
 
 def run(arguments: argparse.Namespace, results: Path) -> None:
