@@ -257,7 +257,7 @@ def test_ctrl_c_while_generating(tiny_folder):
 
 
 def test_ctrl_c_while_reading_keeps_a_checkpoint(tiny_folder, tmp_path):
-    (tmp_path / "long.txt").write_text(TEXT * 120)
+    (tmp_path / "long.txt").write_text(TEXT * 50)
     command = ["read", str(tmp_path / "long.txt"), "-o", str(tmp_path / "x.kv"), "--model", str(tiny_folder)]
     child = subprocess.Popen(
         [*COMMAND, *command, "--allow-extrapolation"],
