@@ -52,7 +52,7 @@ WHOLE, LEAVES = "whole", "leaves"  # folders within the result's
 TUNING, DISSECTED, TREE_TRAINING, ROUTERS = "tuning", "dissected", "finetune", "routers"
 
 ROUTED = {"likely": LEAST, "hard": 1.0}  # ways to run a part of the leaves, and Dissected.route's `least` of each
-TUNE = tuning.Settings("soft", epochs=8, lr=0.05)  # of the tree, its leaves, and what is extracted
+TUNE = tuning.Settings("soft", epochs=8, lr=0.05)  # of the tree and of what is extracted
 
 
 @dataclass(frozen=True)
