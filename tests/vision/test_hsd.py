@@ -18,7 +18,7 @@ from thresher.vision.nets import NETS, ResNet
 
 CLASSES = tuple("abcd")
 SETTINGS = Settings(0.9, flops=1.0, parameters=1.0)
-TREE = Tree((0, 1, 2, 3), (Tree((0, 1)), Tree((2, 3))))
+TREE = Tree((0, 1, 2, 3), (Tree((0,)), Tree((1, 2, 3))))  # a leaf of one class, before others
 
 
 class Stopped(Exception):

@@ -258,6 +258,7 @@ def _dissected(
     chosen = _chosen(tree, tuned, data, semantics, groups)
     net, parts = dissect(tuned, chosen, data.train, data.validation, settings, progress)
     save_dissected(net, replace(tuned.about, history={"asked": asked}), parts, folder)
+    net, _, parts = load_dissected(folder, tuned.about.source)  # whose parameters are in the order a resumed run has
     return net, parts
 
 
