@@ -23,10 +23,10 @@ from scipy.stats import mannwhitneyu
 from thresher.vision import Finetuning, load_classifier, load_splits
 from thresher.vision.data import Splits, select
 from thresher.vision.extraction import extract
-from thresher.vision.finetune import accuracy, predict
+from thresher.vision.finetune import PRECISIONS, accuracy, predict
 from thresher.vision.grouping import Semantics, coherence, read_semantics
 from thresher.vision.hierarchy import random_tree
-from thresher.vision.hsd import TUNING, Follow, follow_taxonomy, make_hierarchy, visual_tree
+from thresher.vision.hsd import DISSECTED, TREE, TUNING, Follow, follow_taxonomy, make_hierarchy, visual_tree
 from thresher.vision.impact import measure_impact
 from thresher.vision.models import DESCRIPTION, Classifier, new_classifier
 from thresher.vision.pipeline import train
@@ -45,13 +45,14 @@ def shuffled(semantics: Semantics, seed: int) -> Semantics:
     return replace(semantics, tree=tree, wu_palmer=semantics.wu_palmer[np.ix_(place, place)])
 
 
-def tuned(teacher: Classifier, data: Splits, semantics: Semantics, name: str, seed: int, folder: Path) -> Classifier:
+def tuned(
+    teacher: Classifier, data: Splits, semantics: Semantics, name: str, learn: Finetuning, folder: Path
+) -> Classifier:
     if name == "none":
         return teacher
-    meaning = shuffled(semantics, seed) if "random" in name else semantics
+    meaning = shuffled(semantics, learn.seed) if "random" in name else semantics
     method = name.split()[0]
-    follow = Follow(method, FOLLOWS[name], tune=Finetuning("soft", 3, lr=0.05, seed=seed))
-    return follow_taxonomy(teacher, data, meaning, follow, folder)
+    return follow_taxonomy(teacher, data, meaning, Follow(method, FOLLOWS[name], tune=learn), folder)
 
 
 def rank_test(classifier: Classifier, data: Splits, share: float = 0.1) -> dict[str, float]:
@@ -103,40 +104,44 @@ def run(arguments: argparse.Namespace) -> None:
             for seed in arguments.seeds:
                 folder = out / f"{source}-{net}-{seed}"
                 base = {"data": source, "net": net, "seed": seed}
+                learn = Finetuning("soft", 3, lr=0.05, seed=seed, precision=arguments.precision)
                 fresh = new_classifier(net, data.train.classes, (1, 28, 28), seed)
                 if missing(base | {"step": "impact, untrained"}):
                     note(base | {"step": "impact, untrained"}, rank_test(fresh, data))
                 if not (folder / DESCRIPTION).is_file():
-                    train(fresh, data, Finetuning("cross-entropy", arguments.epochs, lr=0.1, seed=seed), folder)
+                    train(
+                        fresh, data, replace(learn, objective="cross-entropy", epochs=arguments.epochs, lr=0.1), folder
+                    )
                 teacher = load_classifier(str(folder))
                 if missing(base | {"step": "impact"}):
                     note(base | {"step": "impact"}, rank_test(teacher, data))
                 for name in arguments.follows:
                     if not missing(base | {"step": name}):
                         continue
-                    model = tuned(teacher, data, semantics, name, seed, folder / name)
+                    model = tuned(teacher, data, semantics, name, learn, folder / name)
                     tree = visual_tree(model, data.train, data.validation)
                     counts = {str(k): asdict(coherence(tree, semantics, k)) for k in COUNTS}
                     own = {str(k): asdict(coherence(semantics.tree, semantics, k)) for k in COUNTS}
                     right = accuracy(model.module, data.test)
                     note(base | {"step": name}, {"accuracy": right, "groups": counts, "wordnet": own})
                 for name in arguments.trees:
-                    if not missing(base | {"step": f"extract, {name}"}):
-                        continue
-                    tune = Finetuning("soft", arguments.tuning, lr=0.05, seed=seed)
-                    learn = Finetuning("soft", 3, lr=0.05, seed=seed)
                     follow = Follow(name, FOLLOWS[name], tune=learn) if name != "none" else None
-                    if missing(base | {"step": f"tree, {name}"}):
+                    trees = [folder / f"tree-{name}-{loss}" for loss in arguments.losses]
+                    for loss, made in zip(arguments.losses, trees, strict=True):
+                        if not missing(base | {"step": f"tree, {name}, {loss}"}):
+                            continue
                         if (folder / name).is_dir():  # tuned in the same way above
-                            shutil.copytree(folder / name, folder / f"tree-{name}" / TUNING, dirs_exist_ok=True)
-                        made = make_hierarchy(
-                            teacher, data, semantics, folder / f"tree-{name}", tune=tune, follow=follow, groups=5
-                        )
-                        note(base | {"step": f"tree, {name}"}, made.summary())
-                    chosen = EXTRACTED[source]
-                    _, leaf = extract(folder / f"tree-{name}", chosen, folder / f"few-{name}", data, tune=tune)
-                    assert leaf is not None
-                    note(base | {"step": f"extract, {name}"}, asdict(leaf))
+                            shutil.copytree(folder / name, made / TUNING, dirs_exist_ok=True)
+                        if (trees[0] / DISSECTED).is_dir():
+                            shutil.copytree(trees[0] / DISSECTED, made / DISSECTED, dirs_exist_ok=True)
+                        tune = replace(learn, objective=loss, epochs=arguments.tuning)
+                        found = make_hierarchy(teacher, data, semantics, made, tune=tune, follow=follow, groups=5)
+                        note(base | {"step": f"tree, {name}, {loss}"}, found.summary())
+                    if missing(base | {"step": f"extract, {name}"}):
+                        few = folder / f"few-{name}"
+                        _, leaf = extract(trees[0], EXTRACTED[source], few, data, tune=replace(learn, epochs=8))
+                        assert leaf is not None
+                        note(base | {"step": f"extract, {name}"}, asdict(leaf))
 
 
 def table(results: Path) -> None:
@@ -206,6 +211,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "--tuning", type=int, default=8, help="epochs of the tree and its routers; leaves: twice as many"
     )
+    parser.add_argument("--losses", type=lambda s: s.split(","), default=[TREE.objective], help="that trees learn from")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--table", action="store_true", help="print what there is, and run nothing")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()

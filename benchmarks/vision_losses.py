@@ -22,7 +22,7 @@ from thresher.vision import Compression, Finetuning, Target, load_classifier, lo
 from thresher.vision.attacks import ATTACKS, Attack, evaluate
 from thresher.vision.compress import compress
 from thresher.vision.data import Splits
-from thresher.vision.finetune import accuracy, finetune
+from thresher.vision.finetune import PRECISIONS, accuracy, finetune
 from thresher.vision.layers import count_macs, count_parameters
 from thresher.vision.losses import OBJECTIVES
 from thresher.vision.models import DESCRIPTION, Classifier, new_classifier, save_classifier
@@ -55,7 +55,8 @@ def networks(arguments: argparse.Namespace, data: Splits, wanted: Callable[[dict
             folder = arguments.out / f"{net}-{seed}"
             if not (folder / DESCRIPTION).is_file():
                 fresh = new_classifier(net, data.train.classes, (1, 28, 28), seed)
-                train(fresh, data, Finetuning("cross-entropy", arguments.epochs, lr=0.1, seed=seed), folder)
+                learn = Finetuning("cross-entropy", arguments.epochs, lr=0.1, seed=seed, precision=arguments.precision)
+                train(fresh, data, learn, folder)
             teacher = load_classifier(str(folder))
             name = {"net": net, "seed": seed, "share": 1.0, "loss": "teacher", "lr": 0.0}
             if wanted(name):
@@ -74,7 +75,7 @@ def networks(arguments: argparse.Namespace, data: Splits, wanted: Callable[[dict
                         if not wanted(name):
                             continue
                         student = load_classifier(str(kept))
-                        settings = Finetuning(loss, arguments.tuning, lr=lr, seed=seed)
+                        settings = Finetuning(loss, arguments.tuning, lr=lr, seed=seed, precision=arguments.precision)
                         curve = finetune(
                             student.module,
                             data.train,
@@ -138,6 +139,7 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=8, help="of the teacher")
     parser.add_argument("--tuning", type=int, default=2, help="epochs of a student")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--autoattack", type=int, default=0, metavar="IMAGES", help="on so many, instead of PGD-20")
     parser.add_argument("--table", action="store_true", help="print what there is, and run nothing")
     given = parser.parse_args()

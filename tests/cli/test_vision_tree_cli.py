@@ -57,7 +57,8 @@ def asked(teacher, data, out):
     """The tree of WordNet, as few epochs and batches as may be."""
     return (
         *("vision", "hierarchy", teacher, "--data", data, "--out", out, "--tree", "taxonomy", "--groups", 2),
-        *("--follow", "labels", "--weight", 0.2, "--tune-epochs", 1, "--epochs", 2, "--batches", 1, *SMALL),
+        *("--follow", "labels", "--weight", 0.2, "--tune-epochs", 1, "--epochs", 2, "--batches", 1),
+        *("--loss", "soft", "--precision", "bf16", *SMALL),
     )
 
 
@@ -81,7 +82,8 @@ def test_hierarchy(parts):
     assert set(found["accuracy"]) == {"whole", "tuned", "all", "soft", "likely", "hard"}
     kept = {where: torch.load(parts[0] / where / "checkpoint.pt") for where in ("finetune", "leaves/0-footwear/tuning")}
     settings = [run["made_from"]["settings"] for run in kept.values()]
-    assert [s["objective"] for s in settings] == ["soft", "cross-entropy"]  # the whole network's answers, then labels
+    assert [s["objective"] for s in settings] == ["soft", "cross-entropy"]  # as asked for; a leaf alone from labels
+    assert [s["precision"] for s in settings] == ["bf16", "bf16"]
     assert settings[1]["epochs"] == 2 * settings[0]["epochs"]
     assert found["coherence"]["taxonomy"]["rand"] == 1
     macs = found["costs"]["macs"]

@@ -1,6 +1,7 @@
 """Fine-tuning: what is learned, what an interruption changes (nothing), and what is refused."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +10,22 @@ from thresher.errors import StorageError, UsageError
 from thresher.vision import finetune as module
 from thresher.vision.data import Images
 from thresher.vision.decompose import all_bases, decompose
-from thresher.vision.finetune import CHECKPOINT, CURVE, Settings, accuracy, captured, finetune, predict, training_layout
+from thresher.vision.finetune import (
+    CHECKPOINT,
+    CURVE,
+    PRECISIONS,
+    Settings,
+    accuracy,
+    captured,
+    finetune,
+    predict,
+    training_layout,
+)
+from thresher.vision.hierarchy import Tree
 from thresher.vision.layers import survey
 from thresher.vision.losses import OBJECTIVES
 from thresher.vision.nets import ResNet
+from thresher.vision.taxonomy import Taxonomy
 
 
 @pytest.fixture(autouse=True)
@@ -72,26 +85,59 @@ def test_every_objective_recovers_what_decomposition_lost(teacher, student, obje
     assert not model.training
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_bf16_learns_as_float32_does(teacher, student, objective):
+    model, layers = student
+    start, before = copy.deepcopy(model), accuracy(model, VALIDATION)
+    settings = Settings(objective, epochs=4, batch=32, lr=0.005, pad=0, epsilon=0.02, attack_steps=2)
+    exact = finetune(start, TRAIN, VALIDATION, settings, teacher, layers)
+    rounded = finetune(model, TRAIN, VALIDATION, replace(settings, precision="bf16"), teacher, layers)
+    assert rounded[-1].accuracy > before + 0.3
+    assert rounded[0].loss == pytest.approx(exact[0].loss, rel=0.15)
+    assert rounded[0].loss != exact[0].loss
+    assert all(t.dtype == torch.float32 for t in model.state_dict().values() if t.is_floating_point())
+
+
+def test_what_nets_read_and_give_is_float32_in_bf16(monkeypatch):
+    """Losses, and a taxonomy's features, are not of rounded numbers."""
+    seen = []
+    taxonomy = Taxonomy("align", 1.0, torch.eye(4), Tree(tuple(range(4))), "head.2")
+    monkeypatch.setattr(module, "objective_loss", lambda o, logits, *rest: seen.append(logits) or logits.sum() * 0)
+    monkeypatch.setattr(Taxonomy, "loss", lambda self, logits, labels, read: seen.append(read) or read.sum() * 0)
+    in_nets = []
+    model = fresh()
+    model.blocks[0].first[0].register_forward_hook(lambda m, i, output: in_nets.append(output.dtype))
+    settings = replace(QUICK, epochs=1, precision="bf16")
+    finetune(model, TRAIN, VALIDATION, settings, taxonomy=taxonomy)
+    assert {t.dtype for t in seen} == {torch.float32}
+    steps = len(TRAIN) // settings.batch
+    assert in_nets[:steps] == [torch.bfloat16] * steps
+    assert set(in_nets[steps:]) == {torch.float32}  # what is measured
+
+
 class Stopped(Exception):
     pass
 
 
-def test_an_interruption_changes_nothing(tmp_path):
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_interruption_changes_nothing(tmp_path, precision):
     whole, cut = fresh(), fresh()
-    curve = finetune(whole, TRAIN, VALIDATION, QUICK)
+    settings = replace(QUICK, precision=precision)
+    curve = finetune(whole, TRAIN, VALIDATION, settings)
 
     def stop(done, total):
         if done == 5:
             raise Stopped
 
     with pytest.raises(Stopped):
-        finetune(cut, TRAIN, VALIDATION, QUICK, folder=tmp_path, progress=stop)
+        finetune(cut, TRAIN, VALIDATION, settings, folder=tmp_path, progress=stop)
     again = fresh()
-    resumed = finetune(again, TRAIN, VALIDATION, QUICK, folder=tmp_path)
+    resumed = finetune(again, TRAIN, VALIDATION, settings, folder=tmp_path)
     assert [(e.loss, e.accuracy) for e in resumed] == [(e.loss, e.accuracy) for e in curve]
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
     done = fresh()
-    finetune(done, TRAIN, VALIDATION, QUICK, folder=tmp_path, progress=lambda *_: pytest.fail("nothing is left to do"))
+    idle = pytest.fail
+    finetune(done, TRAIN, VALIDATION, settings, folder=tmp_path, progress=lambda *_: idle("nothing is left to do"))
     assert torch.equal(predict(done, VALIDATION), predict(whole, VALIDATION))
     assert len((tmp_path / CURVE).read_text().splitlines()) == 3
 
@@ -162,7 +208,8 @@ def test_what_is_refused(teacher):
         finetune(fresh(), TRAIN, VALIDATION, Settings("hint"), teacher, [])
     with pytest.raises(UsageError, match="no layer nothing to compare"):
         finetune(fresh(), TRAIN, VALIDATION, Settings("hint"), teacher, ["nothing"])
-    for wrong in ({"lr": 0}, {"lr": float("nan")}, {"batch": 1}, {"epochs": 0}, {"objective": "x"}, {"epsilon": 2}):
+    for wrong in ({"lr": 0}, {"lr": float("nan")}, {"batch": 1}, {"epochs": 0}, {"objective": "x"}, {"epsilon": 2},
+                  {"precision": "float16"}):  # fmt: skip
         with pytest.raises(UsageError):
             Settings(**wrong)
 

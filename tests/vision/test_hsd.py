@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("torch_pruning", reason="torch-pruning is not installed")
 
+from thresher.errors import UsageError
 from thresher.vision import hsd
 from thresher.vision.data import Images, Splits
 from thresher.vision.dissect import Settings
@@ -93,3 +94,8 @@ def test_what_others_were_taken_apart_for_is(whole, tmp_path, monkeypatch, chang
         kept.write_bytes(kept.read_bytes()[:-1])
     with pytest.raises(TakenApart):
         hsd.make_hierarchy(whole, data, None, tmp_path, settings, Tune("soft"), tree=TREE)
+
+
+def test_a_tree_has_no_layers_to_compare(whole, tmp_path):
+    with pytest.raises(UsageError, match="the loss attention compares layers, and a tree has others"):
+        hsd.make_hierarchy(whole, DATA, None, tmp_path, SETTINGS, Tune("attention"), tree=TREE)

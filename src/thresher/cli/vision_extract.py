@@ -6,7 +6,7 @@ import typer
 from thresher.cli.options import Json, Threads, numbers
 from thresher.cli.terminal import say, write_json
 from thresher.cli.vision_hierarchy import Fall, Flops, Method, Multiple, Parameters
-from thresher.cli.vision_train import Bars, DataOrNot, Lr, Seed, Source, prepare, read_data
+from thresher.cli.vision_train import Bars, DataOrNot, Lr, Precision, Seed, Source, prepare, read_data
 from thresher.errors import UsageError
 
 
@@ -29,6 +29,7 @@ def extract(
     pad: Annotated[int, typer.Option(help="Pixels that images are moved by at random, and mirrored.", min=0)] = 2,
     batches: Annotated[str, typer.Option(help="Batch sizes to measure time at.")] = "1,32",
     seed: Seed = 0,
+    precision: Precision = "float32",
     threads: Threads = None,
     json: Json = None,
 ) -> None:
@@ -53,7 +54,7 @@ def extract(
         raise UsageError('--classes names two or more, as "sneaker,sandal"')
     sizes = tuple(numbers("batches", batches))
     settings = Settings(fall, flops, parameters, multiple=multiple, method=method)
-    tune = Tuning("soft", epochs, batch, lr, pad=pad, seed=seed)
+    tune = Tuning("soft", epochs, batch, lr, pad=pad, seed=seed, precision=precision)
     prepare(threads, out)
     begin: Path | Classifier = Path(model) if (Path(model) / PARTS).is_file() else source.load(model)
     about = read_description(begin) if isinstance(begin, Path) else begin.about

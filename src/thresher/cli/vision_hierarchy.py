@@ -6,7 +6,7 @@ import typer
 
 from thresher.cli.options import Json, Threads, numbers, shell_word
 from thresher.cli.terminal import say, stderr, write_json
-from thresher.cli.vision_train import Bars, Data, Lr, Model, Seed, Source, prepare, read_data
+from thresher.cli.vision_train import Bars, Data, Lr, Model, Precision, Seed, Source, prepare, read_data
 from thresher.errors import UsageError
 
 if TYPE_CHECKING:
@@ -74,11 +74,19 @@ def hierarchy(
     epochs: Annotated[
         int, typer.Option(help="Of training the tree and its routers; leaves train for twice as many.", min=1)
     ] = 8,
+    loss: Annotated[
+        str,
+        typer.Option(
+            help="What the tree learns from: cross-entropy (labels; most accurate), soft or logits (the network as it "
+            "was; needs no right labels)."
+        ),
+    ] = "cross-entropy",
     batch: Annotated[int, typer.Option(help="Images of a step.", min=2)] = 128,
     lr: Lr = 0.05,
     pad: Annotated[int, typer.Option(help="Pixels that images are moved by at random, and mirrored.", min=0)] = 2,
     batches: Annotated[str, typer.Option(help="Batch sizes to measure time at.")] = "1,32",
     seed: Seed = 0,
+    precision: Precision = "float32",
     threads: Threads = None,
     json: Json = None,
 ) -> None:
@@ -88,6 +96,8 @@ def hierarchy(
 
     Every leaf is also a model of its own in parts/leaves. Interrupted, the same command goes on.
     """
+    from dataclasses import replace
+
     from thresher.vision.dissect import Settings
     from thresher.vision.finetune import Settings as Tuning
     from thresher.vision.grouping import read_semantics
@@ -100,8 +110,8 @@ def hierarchy(
         raise UsageError("--synsets and --tree taxonomy need --taxonomy wordnet")
     sizes = tuple(numbers("batches", batches))
     settings = Settings(fall, flops, parameters, overlap, multiple, method)
-    tune = Tuning("soft", epochs, batch, lr, pad=pad, seed=seed)
-    learn = Tuning("soft", tune_epochs, batch, lr, pad=pad, seed=seed)
+    tune = Tuning(loss, epochs, batch, lr, pad=pad, seed=seed, precision=precision)
+    learn = replace(tune, objective="soft", epochs=tune_epochs)
     strength = WEIGHTS.get(follow, 1.0) if weight is None else weight
     following = Follow(follow, strength, tune=learn) if follow != "none" and taxonomy == "wordnet" else None
     prepare(threads, out)

@@ -23,6 +23,12 @@ Data = Annotated[
 DataOrNot = Annotated[str | None, typer.Option(help=Data.__metadata__[0].help, show_default=False)]
 Lr = Annotated[float, typer.Option(help="Highest learning rate; it falls to 0.", min=0)]
 Seed = Annotated[int, typer.Option(help="Of what is drawn.", min=0)]
+Precision = Annotated[
+    str,
+    typer.Option(
+        help="Of training: float32, or bf16, which is faster on processors with AMX and slower on those without bf16."
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,7 @@ def train(
         typer.Option(help="Pixels of a picture's side, of a folder. Default: 224.", min=1, show_default=False),
     ] = None,
     seed: Seed = 0,
+    precision: Precision = "float32",
     threads: Threads = None,
     json: Json = None,
 ) -> None:
@@ -132,7 +139,9 @@ def train(
     from thresher.vision.models import new_classifier
     from thresher.vision.pipeline import train as run
 
-    settings = Settings(objective="cross-entropy", epochs=epochs, batch=batch, lr=lr, pad=pad, seed=seed)
+    settings = Settings(
+        objective="cross-entropy", epochs=epochs, batch=batch, lr=lr, pad=pad, seed=seed, precision=precision
+    )
     prepare(threads, out)
     images = read_data(data, size)
     shape = images.train.pixels.shape

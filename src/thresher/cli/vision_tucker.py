@@ -7,7 +7,7 @@ import typer
 
 from thresher.cli.options import Json, Threads, numbers, shell_word
 from thresher.cli.terminal import say, stderr, write_json
-from thresher.cli.vision_train import Bars, DataOrNot, Lr, Model, Seed, Source, prepare, read_data
+from thresher.cli.vision_train import Bars, DataOrNot, Lr, Model, Precision, Seed, Source, prepare, read_data
 from thresher.errors import UsageError
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def tucker(
     fold: Annotated[bool, typer.Option(help="Make batch norms part of the convolutions at the end.")] = True,
     batches: Annotated[str, typer.Option(help="Batch sizes to measure time at.")] = "1,32",
     seed: Seed = 0,
+    precision: Precision = "float32",
     threads: Threads = None,
     json: Json = None,
 ) -> None:
@@ -104,7 +105,7 @@ def tucker(
         leave=tuple(leave or ()),
     )
     loss = loss or ("soft" if teacher else "attention")
-    tune = Settings(loss, epochs, batch, lr, pad=pad, epsilon=epsilon, seed=seed) if distill else None
+    learn = Settings(loss, epochs, batch, lr, pad=pad, epsilon=epsilon, seed=seed, precision=precision)
     if distill and data is None:
         raise UsageError("--distill needs --data")
     prepare(threads, out)
@@ -112,7 +113,7 @@ def tucker(
     tutor = source.load(teacher, other=True) if teacher else None
     images = read_data(data, whole.about.shape[1], whole.about.shape[0], whole.about.classes) if data else None
     with Bars() as bars:
-        outcome = run(whole, settings, out, images, tune, tutor, fold, sizes, bars)
+        outcome = run(whole, settings, out, images, learn if distill else None, tutor, fold, sizes, bars)
     if not outcome.exports:  # one of several processes, and not the first
         return
     _show(outcome)

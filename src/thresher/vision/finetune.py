@@ -24,6 +24,8 @@ from thresher.vision.taxonomy import Taxonomy
 
 CHECKPOINT, CURVE = "checkpoint.pt", "finetune.csv"
 
+PRECISIONS = ("float32", "bf16")
+
 Progress = Callable[[int, int], None]
 
 
@@ -32,8 +34,9 @@ class Settings:
     """What decides the result, beside the nets and the data.
 
     objective: a name of losses.OBJECTIVES; lr: the highest, reached after a twentieth of the steps and left on a cosine
-    to 0; pad: pixels that images are moved by, with mirroring; epsilon, attack_steps: of adversarial objectives.
-    Raises UsageError.
+    to 0; pad: pixels that images are moved by, with mirroring; epsilon, attack_steps: of adversarial objectives;
+    precision: of PRECISIONS, of the nets' arithmetic in training steps (weights, updates, losses, attacks and what is
+    measured are float32 in both). Raises UsageError.
     """
 
     objective: str = "soft"
@@ -46,9 +49,12 @@ class Settings:
     epsilon: float = 0.1
     attack_steps: int = 7
     seed: int = 0
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         find_objective(self.objective)
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"unknown precision {self.precision}: choose one of {', '.join(PRECISIONS)}")
         if min(self.epochs, self.batch - 1, self.attack_steps) < 1 or self.pad < 0:
             raise UsageError("epochs and attack steps begin at 1, a batch at 2, and a padding at 0")
         if not 0 < self.lr < math.inf or not 0 <= self.momentum < 1 or not 0 <= self.weight_decay < math.inf:
@@ -86,8 +92,8 @@ def accuracy(model: nn.Module, images: Images) -> float:
 
 @contextmanager
 def captured(model: nn.Module, layers: list[str]) -> Iterator[list[torch.Tensor]]:
-    """The outputs of these layers, in this order, of the last forward within. Raises UsageError for an unknown
-    layer."""
+    """The outputs of these layers in float32, in this order, of the last forward within. Raises UsageError for an
+    unknown layer."""
     outputs: list[torch.Tensor] = [torch.empty(0)] * len(layers)
     modules = dict(model.named_modules())
     unknown = [name for name in layers if name not in modules]
@@ -96,7 +102,7 @@ def captured(model: nn.Module, layers: list[str]) -> Iterator[list[torch.Tensor]
 
     def keep(i: int) -> Callable[[nn.Module, Any, torch.Tensor], None]:
         def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-            outputs[i] = output
+            outputs[i] = output.float()
 
         return hook
 
@@ -118,12 +124,12 @@ def training_layout(model: nn.Module) -> torch.memory_format:
 
 @contextmanager
 def read_by(model: nn.Module, layer: str | None) -> Iterator[list[torch.Tensor]]:
-    """What a layer reads, at each forward within; nothing without a layer."""
+    """What a layer reads, in float32, at each forward within; nothing without a layer."""
     read: list[torch.Tensor] = []
     if layer is None:
         yield read
         return
-    handle = model.get_submodule(layer).register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    handle = model.get_submodule(layer).register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].float()))
     try:
         yield read
     finally:
@@ -231,18 +237,23 @@ def _loss(
     """Of one batch. model: the student as accelerate has wrapped it."""
     objective = find_objective(settings.objective)
     taught, attacked, theirs = None, None, list[torch.Tensor]()
+
+    def logits_of(net: nn.Module, given: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(given.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            return unwrap_logits(net(given)).float()
+
     if teacher is not None and objective.needs_teacher:
         with torch.no_grad(), captured(teacher, compared) as theirs:
-            taught = unwrap_logits(teacher(images))
+            taught = logits_of(teacher, images)
     if objective.soft_adversarial and taught is not None:
         student.eval()  # an attack does not move the means of batch norm
         moved = attack_for_training(
             objective, model, images, labels, taught, settings.epsilon, settings.attack_steps, generator
         )
         student.train()
-        attacked = unwrap_logits(model(moved))
+        attacked = logits_of(model, moved)
     with captured(student, compared) as ours, read_by(student, taxonomy.head if taxonomy else None) as read:
-        logits = unwrap_logits(model(images))
+        logits = logits_of(model, images)
     loss = objective_loss(objective, logits, labels, taught, (ours, theirs) if compared else None, attacked)
     return loss + taxonomy.loss(logits, labels, read[-1]) if taxonomy else loss
 

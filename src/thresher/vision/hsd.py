@@ -42,6 +42,7 @@ from thresher.vision.grouping import (
 from thresher.vision.hierarchy import Tree, agglomerate, cut
 from thresher.vision.impact import measure_impact
 from thresher.vision.layers import count_macs, count_parameters, weights_digest
+from thresher.vision.losses import find_objective
 from thresher.vision.models import Classifier, Description, save_classifier
 from thresher.vision.pipeline import Progress, check_data, silent
 from thresher.vision.prune import channel_groups, find_head
@@ -52,7 +53,8 @@ WHOLE, LEAVES = "whole", "leaves"  # folders within the result's
 TUNING, DISSECTED, TREE_TRAINING, ROUTERS = "tuning", "dissected", "finetune", "routers"
 
 ROUTED = {"likely": LEAST, "hard": 1.0}  # ways to run a part of the leaves, and Dissected.route's `least` of each
-TUNE = tuning.Settings("soft", epochs=8, lr=0.05)  # of the tree and of what is extracted
+TREE = tuning.Settings("cross-entropy", epochs=8, lr=0.05)  # labels teach a tree more (docs/results.md)
+TUNE = replace(TREE, objective="soft")  # of what follows a taxonomy and of what is extracted
 
 
 @dataclass(frozen=True)
@@ -179,8 +181,13 @@ def make_hierarchy(
     check_data(whole, data)
     if tuning.processes().num_processes > 1:
         raise UsageError("a network is taken apart by one process: start it without torchrun")
-    settings, tune = settings or Settings(), tune or TUNE
+    settings, tune = settings or Settings(), tune or TREE
     check_whole(whole)
+    if find_objective(tune.objective).needs_features:
+        raise UsageError(
+            f"the loss {tune.objective} compares layers, and a tree has others than the network: cross-entropy, soft "
+            "and logits compare none"
+        )
     if semantics is None and (follow is not None or tree == "taxonomy"):
         raise UsageError("to follow a taxonomy, one is needed: --taxonomy wordnet")
     tuned = (
