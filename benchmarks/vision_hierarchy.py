@@ -132,7 +132,7 @@ def run(arguments: argparse.Namespace) -> None:
                             continue
                         if (folder / name).is_dir():  # tuned in the same way above
                             shutil.copytree(folder / name, made / TUNING, dirs_exist_ok=True)
-                        if (trees[0] / DISSECTED).is_dir():
+                        if made != trees[0] and (trees[0] / DISSECTED).is_dir():
                             shutil.copytree(trees[0] / DISSECTED, made / DISSECTED, dirs_exist_ok=True)
                         tune = replace(learn, objective=loss, epochs=arguments.tuning)
                         found = make_hierarchy(teacher, data, semantics, made, tune=tune, follow=follow, groups=5)

@@ -77,8 +77,8 @@ def hierarchy(
     loss: Annotated[
         str,
         typer.Option(
-            help="What the tree learns from: cross-entropy (labels; most accurate), soft or logits (the network as it "
-            "was; needs no right labels)."
+            help="What the tree learns from: cross-entropy (labels; most accurate), soft (a tenth labels, the rest "
+            "what the network as it was answers) or logits (its answers alone)."
         ),
     ] = "cross-entropy",
     batch: Annotated[int, typer.Option(help="Images of a step.", min=2)] = 128,
