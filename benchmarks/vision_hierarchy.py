@@ -26,7 +26,7 @@ from thresher.vision.extraction import extract
 from thresher.vision.finetune import PRECISIONS, accuracy, predict
 from thresher.vision.grouping import Semantics, coherence, read_semantics
 from thresher.vision.hierarchy import random_tree
-from thresher.vision.hsd import DISSECTED, TREE, TUNING, Follow, follow_taxonomy, make_hierarchy, visual_tree
+from thresher.vision.hsd import DISSECTED, TUNE_TREE, TUNING, Follow, follow_taxonomy, make_hierarchy, visual_tree
 from thresher.vision.impact import measure_impact
 from thresher.vision.models import DESCRIPTION, Classifier, new_classifier
 from thresher.vision.pipeline import train
@@ -211,7 +211,9 @@ if __name__ == "__main__":
     parser.add_argument(
         "--tuning", type=int, default=8, help="epochs of the tree and its routers; leaves: twice as many"
     )
-    parser.add_argument("--losses", type=lambda s: s.split(","), default=[TREE.objective], help="that trees learn from")
+    parser.add_argument(
+        "--losses", type=lambda s: s.split(","), default=[TUNE_TREE.objective], help="that trees learn from"
+    )
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--table", action="store_true", help="print what there is, and run nothing")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -136,8 +136,7 @@ def test_an_interruption_changes_nothing(tmp_path, precision):
     assert [(e.loss, e.accuracy) for e in resumed] == [(e.loss, e.accuracy) for e in curve]
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
     done = fresh()
-    idle = pytest.fail
-    finetune(done, TRAIN, VALIDATION, settings, folder=tmp_path, progress=lambda *_: idle("nothing is left to do"))
+    finetune(done, TRAIN, VALIDATION, settings, folder=tmp_path, progress=lambda *_: pytest.fail("nothing is left"))
     assert torch.equal(predict(done, VALIDATION), predict(whole, VALIDATION))
     assert len((tmp_path / CURVE).read_text().splitlines()) == 3
 

@@ -53,8 +53,8 @@ WHOLE, LEAVES = "whole", "leaves"  # folders within the result's
 TUNING, DISSECTED, TREE_TRAINING, ROUTERS = "tuning", "dissected", "finetune", "routers"
 
 ROUTED = {"likely": LEAST, "hard": 1.0}  # ways to run a part of the leaves, and Dissected.route's `least` of each
-TREE = tuning.Settings("cross-entropy", epochs=8, lr=0.05)  # labels teach a tree more (docs/results.md)
-TUNE = replace(TREE, objective="soft")  # of what follows a taxonomy and of what is extracted
+TUNE_TREE = tuning.Settings("cross-entropy", epochs=8, lr=0.05)  # labels teach a tree more (docs/results.md)
+TUNE = replace(TUNE_TREE, objective="soft")  # of what follows a taxonomy and of what is extracted
 
 
 @dataclass(frozen=True)
@@ -171,8 +171,9 @@ def make_hierarchy(
     batches: tuple[int, ...] = (1, 32),
     progress: Progress = silent,
 ) -> Hierarchy:
-    """Tune the network to WordNet (`follow`), group its classes, take it apart, train the parts as one from the network
-    as it was, and write all to `folder`: the tree, the tuned network, every leaf alone.
+    """Tune the network to WordNet (`follow`), group its classes, take it apart, train the parts as one by `tune`, the
+    network as it was for a teacher where one is needed, and write all to `folder`: the tree, the tuned network, every
+    leaf alone.
 
     tree: a kind of visual distance, `taxonomy` for WordNet's own, or any tree; one of the first three is cut to
     `groups`. semantics: None leaves WordNet out, and with it what needs it. A run that was stopped goes on. Raises
@@ -181,7 +182,7 @@ def make_hierarchy(
     check_data(whole, data)
     if tuning.processes().num_processes > 1:
         raise UsageError("a network is taken apart by one process: start it without torchrun")
-    settings, tune = settings or Settings(), tune or TREE
+    settings, tune = settings or Settings(), tune or TUNE_TREE
     check_whole(whole)
     if find_objective(tune.objective).needs_features:
         raise UsageError(
